@@ -1,0 +1,58 @@
+# Every target works in .venv, which is built from requirements.lock (exact versions).
+SHELL    := /bin/bash
+PYTHON   ?= $(shell command -v python3.11 || command -v python3)
+BIN      := .venv/bin
+STAMP    := .venv/installed
+RUN      ?= runs/demo
+SITE     := _docs
+export MPLBACKEND ?= agg
+
+.PHONY: help install demo test bench docs lab readme export sample clean
+.DEFAULT_GOAL := help
+
+help: ## what there is to make
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(STAMP): requirements.lock settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "av1nb is locked to Python 3.11: install it, or name it with make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+install: $(STAMP) ## install the locked packages and av1nb into .venv
+
+demo: $(STAMP) ## train and evaluate every stage on the shipped sample (about ten minutes on two cores)
+	$(BIN)/av1nb demo --run-dir $(RUN)
+
+test: $(STAMP) ## every notebook's assertions, then the tests of whole runs
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest tests
+
+bench: $(STAMP) ## run the benchmark notebooks and collect their ratios in one file
+	$(BIN)/av1nb bench --run-dir runs/bench
+
+docs: $(STAMP) ## render the site to _docs/ (Quarto where installed, else smalldocs)
+	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)"
+	if command -v quarto >/dev/null; then quarto render _proc --no-cache; else $(BIN)/smalldocs render _proc --strict; fi
+	rm -rf $(SITE) && mv _proc/$(SITE) $(SITE)
+	@echo "The site is in $(SITE)/index.html"
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+readme: $(STAMP) ## write README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True nbs/index.ipynb | sed 's#](images/#](nbs/images/#g' > README.md.part
+	mv README.md.part README.md
+
+export: $(STAMP) ## write av1nb/ from the notebooks, clean the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+sample: $(STAMP) ## rebuild the shipped sample from its sources (needs the package index; about half an hour)
+	$(BIN)/av1nb run build_sample --run-dir runs/sample
+
+clean: ## remove what can be rebuilt, keep runs/ and .venv
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
