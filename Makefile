@@ -5,9 +5,8 @@ BIN      := .venv/bin
 STAMP    := .venv/installed
 RUN      ?= runs/demo
 SITE     := _docs
-export MPLBACKEND ?= agg
 
-.PHONY: help install demo test bench docs lab readme export sample clean
+.PHONY: help install demo test bench docs lab readme pages export sample clean
 .DEFAULT_GOAL := help
 
 help: ## what there is to make
@@ -27,7 +26,7 @@ demo: $(STAMP) ## train and evaluate every stage on the shipped sample (about te
 	$(BIN)/av1nb demo --run-dir $(RUN)
 
 test: $(STAMP) ## every notebook's assertions, then the tests of whole runs
-	$(BIN)/nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest tests
 
 bench: $(STAMP) ## run the benchmark notebooks and collect their ratios in one file
@@ -46,12 +45,16 @@ readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True nbs/index.ipynb | sed 's#](images/#](nbs/images/#g' > README.md.part
 	mv README.md.part README.md
 
+pages: $(STAMP) ## store the outputs of a run ($(RUN)) in the stage notebooks, for the site
+	$(BIN)/python -c "from av1nb import runs; runs.publish_outputs(runs.RunDirectory('$(RUN)'))"
+	$(BIN)/nbdev_clean
+
 export: $(STAMP) ## write av1nb/ from the notebooks, clean the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
 sample: $(STAMP) ## rebuild the shipped sample from its sources (needs the package index; about half an hour)
-	$(BIN)/av1nb run build_sample --run-dir runs/sample
+	$(BIN)/papermill --cwd . nbs/stages/build_sample.ipynb runs/build_sample.ipynb
 
 clean: ## remove what can be rebuilt, keep runs/ and .venv
 	rm -rf _docs _proc build dist *.egg-info .pytest_cache

@@ -97,14 +97,21 @@ class Backbone(nn.Module):
     def __init__(
         self,
         qindex=False,  # True: `forward` needs the qindex of every block, and 16 features are added
+        centre=False,  # True: the mean of each block is subtracted before the first layer
     ):
         super().__init__()
         self.qindex_embedding = QindexEmbedding() if qindex else None
+        if centre: self.register_buffer("centred", torch.ones(()))  # in the state, so that strict loading tells the two kinds apart
 
     @property
     def uses_qindex(self):
         "Whether `forward` needs the qindex of every block."
         return self.qindex_embedding is not None
+
+    @property
+    def centres(self):
+        "Whether the mean of each block is subtracted."
+        return hasattr(self, "centred")
 
     @property
     def feature_dim(self):
@@ -129,6 +136,7 @@ class Backbone(nn.Module):
             raise ValueError(f"{name} was built with qindex=True and needs one qindex a block [{len(x)}], but got {got}")
         if not self.uses_qindex and qindex is not None:
             raise ValueError(f"{name} was built without a qindex input, but a qindex was given: build it with qindex=True")
+        if self.centres: x = x - x.mean(dim=(2, 3), keepdim=True)
         features = self.maps(x).mean(dim=(2, 3))
         return torch.cat([features, self.qindex_embedding(qindex)], dim=1) if self.uses_qindex else features
 
@@ -193,8 +201,9 @@ class ResNet18Blocks(Backbone):
         self,
         pretrained=None,  # None: random weights; "imagenet"; or the path of a ResNet-18 state dict
         qindex=False,  # take the qindex of every block as a second input
+        centre=False,  # subtract the mean of each block first
     ):
-        super().__init__(qindex)
+        super().__init__(qindex, centre)
         body = import_torchvision().models.resnet18(weights=None)
         self.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(
@@ -210,7 +219,7 @@ class ResNet18Blocks(Backbone):
 
     def load_body(self, state, source):
         "Take a ResNet-18 body from `state`, every key of it and no other."
-        own = {name for name in self.state_dict() if not name.startswith("qindex_embedding.")}
+        own = {name for name in self.state_dict() if not name.startswith("qindex_embedding.") and name != "centred"}
         missing, unexpected = sorted(own - set(state)), sorted(set(state) - own)
         if missing or unexpected:
             raise ValueError(f"{source} is not a ResNet-18 state: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
@@ -307,8 +316,9 @@ class LightBackbone(Backbone):
 
     def __init__(self,
         qindex=False,  # take the qindex of every block as a second input
+        centre=False,  # subtract the mean of each block first
     ):
-        super().__init__(qindex)
+        super().__init__(qindex, centre)
         self.stem = ConvStem(32)
         self.blocks = nn.Sequential(SeparableBlock(32, 64, stride=2), SeparableBlock(64, 128, stride=2), SeparableBlock(128, 128))
 

@@ -222,6 +222,7 @@ class StageModel(nn.Module):
             head=self.head_kind,
             class_names=list(self.class_names),
             qindex=self.uses_qindex,
+            centre=self.backbone.centres,
             normalisation="uint16/1023",
         )
 
@@ -256,6 +257,7 @@ def build_model(
     head="auto",  # "auto", or by name "mlp", "fine_grained", "light"
     pretrained=None,  # v6 only: None, "imagenet" or the path of a ResNet-18 state dict
     qindex=False,  # whether the model sees the qindex of every block
+    centre=False,  # whether the mean of each block is subtracted first
     dropout=None,  # dropout of the head, 0–1; None: 0.3, and 0.2 for the light head of a binary stage
     projection=128,  # fine-grained head: length of the embedding
     scale=16.,  # fine-grained head: scale of the cosines at the start
@@ -273,7 +275,7 @@ def build_model(
         raise ValueError(f"stage {stage!r} is binary, the fine-grained head compares classes: use head='mlp'")
     if head == "auto":
         head = "light" if architecture == "v5" else "fine_grained" if stage == "AB" else "mlp"
-    backbone = ResNet18Blocks(pretrained, qindex=qindex) if architecture == "v6" else LightBackbone(qindex=qindex)
+    backbone = ResNet18Blocks(pretrained, qindex, centre) if architecture == "v6" else LightBackbone(qindex, centre)
     features, outputs = backbone.feature_dim, 1 if binary else len(names)
     if dropout is None:
         dropout = .2 if head == "light" and binary else .3
@@ -430,6 +432,7 @@ class StateKind(NamedTuple):
     head: str | None  # "mlp", "fine_grained", "light" or None
     outputs: int | None  # logits of the head
     qindex: bool  # whether there is a qindex embedding
+    centre: bool  # whether blocks are centred
     projection: int | None  # length of the embedding of a fine-grained head
     joint: tuple  # names of the heads in a v5 file of all stages, else empty
 
@@ -471,7 +474,8 @@ def identify_state(
             head, outputs = kind, state[layers[-1][1]].shape[0]
     if head == "fine_grained":
         projection, outputs = outputs, state["head.weight"].shape[0] if "head.weight" in state else None
-    return StateKind(architecture, head, outputs, any(key.startswith("backbone.qindex_embedding.") for key in state), projection, joint)
+    return StateKind(architecture, head, outputs, any(key.startswith("backbone.qindex_embedding.") for key in state),
+                     "backbone.centred" in state, projection, joint)
 
 # %% ../nbs/06_heads.ipynb #bbfa74ca
 def summarise_keys(
@@ -626,5 +630,5 @@ def model_from_checkpoint(
     head = "light" if kind.joint else kind.head
     if head == "fine_grained" and is_binary(hierarchy, stage):
         raise CheckpointError(f"{path} is {kind}; expected the model of the binary stage {stage!r}")
-    model = build_model(hierarchy, stage, kind.architecture, head, qindex=kind.qindex, **options)
+    model = build_model(hierarchy, stage, kind.architecture, head, qindex=kind.qindex, centre=kind.centre, **options)
     return model.eval(), load_weights(model, path, split_hash)

@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['checked_labels', 'checked_scores', 'reliability_table', 'expected_calibration_error', 'classification_report',
            'Score', 'baselines', 'as_frame', 'comparison_frame', 'confusion_statistic', 'bootstrap_interval',
-           'seed_interval', 'compare_seeds', 'over_seeds', 'verdict', 'versions']
+           'seed_interval', 'compare_seeds', 'over_seeds', 'verdict']
 
 # %% ../nbs/09_metrics.ipynb #f4dedac9
 import math
-import sys
 from dataclasses import dataclass
-from importlib import metadata
 
 import numpy as np
 import pandas as pd
@@ -19,6 +17,7 @@ import torch
 from scipy import stats
 from sklearn import metrics as sk
 
+from .datasets import versions
 from .heads import to_probabilities
 from .training import save_json
 
@@ -310,12 +309,3 @@ def verdict(
             f"and {report['blocks']:,} blocks is{clearly if above else ' NOT'} above the best baseline ({best['macro_f1']}, {rival:.3f}); "
             f"accuracy {report['accuracy']:.3f} {'is above' if report['accuracy'] > accuracy_rival else 'does NOT beat'} "
             f"{best['accuracy']} ({accuracy_rival:.3f}).")
-
-# %% ../nbs/09_metrics.ipynb #c8a85d34
-def versions() -> dict:
-    "Versions of Python and of the packages that results depend on, by name; \"absent\" for one that is not installed."
-    packages = ("av1nb", "torch", "torchvision", "numpy", "scikit-learn", "pandas", "scipy", "imagecodecs", "av", "numba")
-    def version(package):
-        try: return metadata.version(package)
-        except metadata.PackageNotFoundError: return "absent"
-    return {"python": sys.version.split()[0], **{package: version(package) for package in packages}}

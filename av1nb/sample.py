@@ -347,10 +347,10 @@ def verify_sample(
 def write_sample_raw(
     raw_root: str | os.PathLike,  # root of the raw data; recordings that are there already are replaced
     pictures: Sequence[Picture] | Sequence[str] | None = None,  # pictures, or their names; None writes the whole shipped sample
-    size: int = 16,  # block size to extract, pixels
+    sizes: Sequence[int] = (16,),  # block sizes to extract, pixels
     excel: bool = False,  # write the workbooks too
 ) -> list[Recording]:  # named `<sequence>_q<qindex>`, the quantiser with three digits
     "Lay out the sample as raw data: logs, frames, blocks, labels, quantisers and positions. Raises as `load_sample` and `raw.write_recording` do."
     if pictures is None or any(isinstance(p, str) for p in pictures): pictures = load_sample(pictures)
-    return [write_recording(raw_root, _recording_name(p.name, qindex), p.name, p.luma, nodes, sizes=(size,), excel=excel, source=f"{p.title}. {p.author}. {p.licence}. {p.source}")
+    return [write_recording(raw_root, _recording_name(p.name, qindex), p.name, p.luma, nodes, sizes=tuple(sizes), excel=excel, source=f"{p.title}. {p.author}. {p.licence}. {p.source}")
             for p in pictures for qindex, nodes in sorted(p.nodes.items())]

@@ -475,10 +475,9 @@ def checkpoint(
     row,  # that epoch's row of the history
     provenance,  # dictionary with at least the entries of `PROVENANCE`, plain values only
 ) -> dict:
-    "The content of a checkpoint: weights (on the CPU), optimiser, metrics, settings and provenance."
+    "The content of a checkpoint: weights (on the CPU), metrics, settings and provenance. The optimiser's state is only in the state file."
     weights = {name: value.detach().cpu() for name, value in trainer.model.state_dict().items()}
-    return {"epoch": row["epoch"], "model_state_dict": weights, "optimizer_state_dict": trainer.optimizer.state_dict(),
-            **{name: provenance[name] for name in PROVENANCE}, "provenance": provenance, "seed": trainer.config.seed,
+    return {"epoch": row["epoch"], "model_state_dict": weights, **{name: provenance[name] for name in PROVENANCE}, "provenance": provenance, "seed": trainer.config.seed,
             "config": asdict(trainer.config), "metrics": row, "normalisation": "uint16/1023", "av1nb_version": __version__}
 
 # %% ../nbs/08_training.ipynb #93002d75
@@ -541,9 +540,11 @@ def fit(
         except Exception as error:  # torch reports a damaged file through many exception types
             raise TrainingError(f"{state_file} is damaged ({type(error).__name__}); set resume=False to start afresh.") from error
         refuse_difference(state["identity"], identity, state_file)
-        trainer.load_state_dict(state["trainer"])
-        set_rng_state(state["random"], generators)
         history.rows = state["rows"]
+        if state["finished"]: model.load_state_dict(state["trainer"]["model"])
+        else:
+            trainer.load_state_dict(state["trainer"])
+            set_rng_state(state["random"], generators)
         written = read_checkpoint(best)["epoch"] if best.exists() else None
         if written != history.best["epoch"] == len(history.rows):  # killed between the two files
             save_torch(checkpoint(trainer, history.best, provenance), best)
@@ -568,7 +569,7 @@ def fit(
                                  f"choose one of {', '.join(usable)}.")
             history.rows.append(row)
             save_torch({"identity": identity, "trainer": trainer.state_dict(), "random": rng_state(generators),
-                        "rows": history.rows}, state_file)
+                        "rows": history.rows, "finished": False}, state_file)
             if history.best["epoch"] == epoch: save_torch(checkpoint(trainer, row, provenance), best)
             trainer.shown = {config.monitor: f"{row[config.monitor]:.4f}", "best": f"{history.best[config.monitor]:.4f}"}
             bar.set_postfix({"loss": f"{row['train_loss']:.4f}", **trainer.shown})
@@ -583,5 +584,8 @@ def fit(
                "precision": str(trainer.dtype or torch.float32),
                "config": asdict(config), "provenance": provenance, "normalisation": "uint16/1023",
                "versions": {"av1nb": __version__, "torch": torch.__version__, "python": platform.python_version()}}, metrics)
+    # nothing is left to continue, so the optimiser's state, twice the size of the weights, need not stay
+    kept = {name: part for name, part in trainer.state_dict().items() if name != "optimizer"}
+    save_torch({"identity": identity, "trainer": kept, "rows": history.rows, "finished": True}, state_file)
     model.load_state_dict(read_checkpoint(best)["model_state_dict"])
     return history
