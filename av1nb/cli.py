@@ -86,7 +86,7 @@ def compare(
     directory = runs.RunDirectory(run_dir)
     table = runs.compare(directory, tuple(hierarchy or runs.COMPARED), seed)
     typer.echo("\n" + table.drop(columns="split").round(3).to_string(index=False))
-    typer.echo(f"\nWritten to {directory / 'comparison.json'}")
+    typer.echo(f"\nOne seed ({seed}): differences of a few points are no result. Written to {directory / 'comparison.json'}")
 
 
 @command

@@ -18,7 +18,7 @@ import platform
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from importlib import metadata
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -168,10 +168,10 @@ _PROVENANCE = ("sequence_names", "recording_names", "split", "split_hash", "size
 def versions() -> dict: # package → version
     "Versions of Python and of the packages that results depend on; \"absent\" for one that is not installed."
     packages = ("av1nb", "torch", "torchvision", "numpy", "scikit-learn", "pandas", "scipy", "imagecodecs", "av", "numba")
-    def version(package):
-        try: return metadata.version(package)
-        except metadata.PackageNotFoundError: return "absent"
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    def installed(package):
+        try: return version(package)
+        except PackageNotFoundError: return "absent"
+    return {"python": platform.python_version(), **{package: installed(package) for package in packages}}
 
 # %% ../nbs/03_datasets.ipynb #4c335841
 @dataclass(eq=False, repr=False)

@@ -232,7 +232,7 @@ DEMO = {
     "001_prepare_dataset": {"fractions": [0.6, 0.2, 0.2]},
     "003_train_stage1": {"epochs": 5, "batch_size": 256, "lr_head": 2e-3, "lr_backbone": 2e-3, "monitor": "auc", "schedule": "onecycle", "qindex": True, "centre": True},
     "004_train_stage2": {"epochs": 5, "batch_size": 256, "lr_head": 1e-3, "lr_backbone": 5e-4, **_FAST},
-    "005_train_stage3_rect": {"epochs": 10, "batch_size": 128, "lr_head": 1e-3, "lr_backbone": 5e-4, **_FAST},
+    "005_train_stage3_rect": {"epochs": 8, "batch_size": 128, "lr_head": 1e-3, "lr_backbone": 5e-4, **_FAST},
     "006_train_stage3_ab": {"epochs": 8, "batch_size": 128, "lr_head": 1e-3, "lr_backbone": 5e-4, **_FAST},
     "007_optimize_thresholds": {"objective": "stage_macro_f1"},
 }
@@ -284,7 +284,9 @@ def publish_outputs(run: RunDirectory, stages=PIPELINE):
         for cell, done in zip(shown, ran):
             cell.outputs = [output for output in done.outputs if output.output_type != "stream" or output.name == "stdout"]
             for output in cell.outputs:
-                if "text" in output: output.text = output.text.replace(str(run.path), "RUN").replace(str(Path.home()), "~")
+                for content in (output, output.get("data", {})):
+                    for kind in ("text", "text/plain"):
+                        if kind in content: content[kind] = content[kind].replace(str(run.path), "RUN")
                 output.pop("execution_count", None)
                 if output.output_type == "execute_result": output.execution_count = None
         with atomic_file(path) as part: nbformat.write(notebook, part)
