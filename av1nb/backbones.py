@@ -330,12 +330,10 @@ class LightBackbone(Backbone):
 def layer_groups(
     backbone,  # a backbone of this notebook
 ):
-    """List of `nn.ModuleList`, from the input (first) to the features (last): together every parameter and buffer of the backbone, each
-    once.
-    """
+    "List of `nn.ModuleList`, from the input (first) to the features (last): together every parameter of the backbone, each once."
     if isinstance(backbone, ResNet18Blocks):
         groups = [[backbone.conv1, backbone.bn1]]
-        groups += [[backbone.get_submodule(f"layer{i}"), backbone.get_submodule(f"se{i}")] for i in (1, 2, 3, 4)]
+        groups += [[backbone.get_submodule(f"{part}{i}") for part in ("layer", "se", "drop")] for i in (1, 2, 3, 4)]  # a frozen layer's dropout rests too
         groups[-1].append(backbone.spatial_attn)
     elif isinstance(backbone, LightBackbone):
         groups = [[backbone.stem], *([block] for block in backbone.blocks)]
