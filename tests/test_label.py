@@ -15,8 +15,8 @@ COLUMNS = ["order_hint", "frame_type", "size", "row", "col", "type", "qindex"]
 
 @pytest.fixture(scope="module")
 def clip():
-    "Three frames of moving real luma, 8 bits worth of motion, 10-bit values."
-    luma = max(sample.load_sample(), key=lambda p: p.luma.shape[1] * p.luma.shape[2]).luma[0]
+    "Three 10-bit frames of real texture that moves."
+    luma = sample.load_sample(["gravel"])[0].luma[0]
     frames = [np.ascontiguousarray(luma[4 * k:4 * k + 130, 6 * k:6 * k + 196]) for k in range(3)]
     chroma = np.full((65, 98), 512, np.uint16)
     return [(frame, chroma, chroma) for frame in frames]

@@ -63,8 +63,8 @@ def test_traps_in_the_source():
         assert not re.search(r"strict\s*=\s*False", source), path
         assert not re.search(r"weights_only\s*=\s*False", source), path
         assert not re.search(r"except[^\n]*:\s*(#[^\n]*)?\n?\s*pass\b", source), path
-        for call in re.finditer(r"torch\.load\(([^)]*)\)", source):
-            assert "weights_only=True" in call[1], f"{path}: {call[0]}"
+        for call in re.finditer(r"torch\.load\(.*", source):
+            assert "weights_only=True" in call[0], f"{path}: {call[0]}"
 
 
 def test_every_page_stands_in_the_sidebar():
