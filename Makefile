@@ -51,6 +51,7 @@ pages: $(STAMP) ## store the outputs of a run ($(RUN)) in the stage notebooks, f
 
 export: $(STAMP) ## write av1nb/ from the notebooks, clean the notebooks
 	$(BIN)/nbdev_export
+	rm -f pyproject.toml  # nbdev adds one; here setup.py holds the metadata
 	$(BIN)/nbdev_clean
 
 sample: $(STAMP) ## rebuild the shipped sample from its sources (needs the package index; about half an hour)
