@@ -109,13 +109,13 @@ def label(
 ):
     "Write the partition labels of a stream, with its blocks."
     from av1nb import raw, streams
+    from av1nb.partitions import PartitionType
 
     library = streams.load_libaom(libaom)
     name = name or stream.stem
     recording = raw.recording_from_frames(out, name, sequence or name, streams.read_trees(stream, libaom=library), sizes=(size,), excel=excel)
     typer.echo(f"{len(recording.frames)} frames of {recording.width}×{recording.height}, read with libaom {library.version}, written to {out}")
     _, table = raw.read_recording(out, name, size)
-    from av1nb.partitions import PartitionType
     counts = table["type"].value_counts().reindex(range(10), fill_value=0)
     typer.echo(f"{size}×{size} nodes inside the frame: " + ", ".join(f"{PartitionType(t).name} {n}" for t, n in counts.items()))
 

@@ -10,7 +10,7 @@ __all__ = ['TRAINED_BY', 'OBJECTIVES', 'RIGHT', 'UNCOVERED', 'GROUPS', 'QUESTION
 # %% ../nbs/10_pipeline.ipynb #76499580
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

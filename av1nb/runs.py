@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['STAGES', 'PIPELINE', 'DEMO', 'COMPARED', 'StageNotebook', 'StageError', 'RunDirectory', 'environment', 'code_hash',
            'notebooks_folder', 'find_notebook', 'parameters_of', 'parse_parameters', 'run_notebook', 'stage_is_done',
-           'run_stages', 'clear', 'summarise', 'format_table', 'publish_outputs', 'settings_for', 'compare',
-           'run_benchmarks']
+           'run_stages', 'clear', 'read_json', 'trainings', 'summarise', 'format_table', 'publish_outputs',
+           'settings_for', 'compare', 'run_benchmarks']
 
 # %% ../nbs/14_runs.ipynb #487177ed
+import contextlib
 import hashlib
 import json
 import os
@@ -141,8 +142,7 @@ def parse_parameters(pairs) -> dict:
             raise ValueError(f"parameter {pair!r} is not of the form name=value")
         values[name] = yaml.safe_load(text)
         if isinstance(values[name], str):  # YAML 1.1 reads 1e-3 as text
-            try: values[name] = float(text)
-            except ValueError: values[name] = yaml.safe_load(text)
+            with contextlib.suppress(ValueError): values[name] = float(text)
     return values
 
 # %% ../nbs/14_runs.ipynb #1284ed69
@@ -245,15 +245,23 @@ def clear(run: RunDirectory):
     (run / "metrics.json").unlink(missing_ok=True)
 
 
+def read_json(path):
+    "The content of a JSON file."
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def trainings(run: RunDirectory) -> list[dict]:
+    "What each training of a run wrote about itself, by file name."
+    return [read_json(path) for path in sorted((run / "models").glob("*_metrics.json"))]
+
+
 def summarise(run: RunDirectory) -> pd.DataFrame:  # stage, metric, value, low, high, baseline, baseline_name, blocks, seconds
     """The result of a run as one table, which is written to `metrics.json` with the split's hash and the versions.
 
     `seconds` is the training time of a stage (of all members of an ensemble), and for the pipeline the time of all stages together.
     """
-    run.require("reports/pipeline.json")
-    content = json.loads((run / "reports/pipeline.json").read_text(encoding="utf-8"))
-    trained = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "models").glob("*_metrics.json"))]
-    receipts = {path.stem: json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in sorted((run / "notebooks").glob("*.json"))}
+    content, trained = read_json(run.require("reports/pipeline.json")), trainings(run)
+    receipts = {path.stem: read_json(path)["seconds"] for path in sorted((run / "notebooks").glob("*.json"))}
     table = pd.DataFrame(content["rows"])
     table["seconds"] = [sum(t["seconds"] for t in trained if t["provenance"]["stage"] == stage) for stage in table.stage]
     table.loc[table.stage == "pipeline", "seconds"] = sum(receipts.values())
@@ -324,10 +332,9 @@ def compare(
         stages = PIPELINE if own.path == first else PIPELINE[2:]
         print(f"hierarchy {name}", flush=True)
         run_stages(stages, own, {"seed": seed, "hierarchy": name}, settings, keep=keep, quiet=quiet)
-        content = json.loads(own.require("reports/pipeline.json").read_text(encoding="utf-8"))
-        trained = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((own / "models").glob("*_metrics.json"))]
+        content = read_json(own.require("reports/pipeline.json"))
         full = content["report"]
-        rows.append({"hierarchy": name, "parameters": content["parameters"], "training seconds": sum(t["seconds"] for t in trained),
+        rows.append({"hierarchy": name, "parameters": content["parameters"], "training seconds": sum(training["seconds"] for training in trainings(own)),
                      "blocks per second": content["blocks_per_second"], "accuracy": full["ten"]["accuracy"], "macro-F1": full["ten"]["macro_f1"],
                      **{question: part["macro_f1"] if part else float("nan") for question, part in full["comparable"].items()}, "split": content["split_hash"]})
     table = pd.DataFrame(rows)
