@@ -26,16 +26,18 @@ from io import BytesIO
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile, ZipInfo
 
+import numba
 import numpy as np
 import pandas as pd
-from numpy.lib.stride_tricks import sliding_window_view
+from llvmlite import ir
+from numba.extending import intrinsic
 from openpyxl import Workbook
 from openpyxl.writer.excel import ExcelWriter
 
 from tqdm import tqdm
 
 from .partitions import MI, SIZES, SQUARE_CODE, PartitionType, is_inside, legal_types, mi_shape
-from .streams import CQ_FOR_QINDEX, DISK_FULL, atomic_file, disk_full, encode, make_folder, read_trees, remove_empty
+from .streams import CQ_FOR_QINDEX, DISK_FULL, _compiled, atomic_file, disk_full, encode, make_folder, read_trees, remove_empty
 
 # %% ../nbs/02_raw.ipynb #b2a22ce2
 NODE_COLUMNS = ("frame", "order_hint", "frame_type", "size", "row", "col", "type", "qindex")
@@ -573,6 +575,33 @@ def write_y4m(
             count += 1
     return count
 
+# %% ../nbs/02_raw.ipynb #cf51bcc3
+@intrinsic
+def _copy_line(typingctx, target, source, pixels):
+    "Copy `pixels` samples of 16 bits (a number known when compiling) between two addresses, as one vector."
+    if not isinstance(pixels, numba.types.IntegerLiteral): return None  # numba asks again with the number itself
+
+    def codegen(_, builder, signature, arguments):
+        vector = ir.VectorType(ir.IntType(16), signature.args[2].literal_value).as_pointer()
+        target, source = (builder.inttoptr(address, vector) for address in arguments[:2])
+        builder.store(builder.load(source, align=2), target, align=2)
+
+    return numba.void(numba.int64, numba.int64, pixels), codegen
+
+
+@lru_cache
+def _cutter(side):
+    "Compiled copy of blocks of `side`×`side` samples that begin at the addresses `starts`, with `stride` bytes from line to line, into `blocks`."
+    @_compiled
+    def cut(starts, stride, blocks):
+        target = blocks.ctypes.data
+        for start in starts:
+            for line in range(side):
+                _copy_line(target, start + line * stride, side)
+                target += 2 * side
+
+    return cut
+
 # %% ../nbs/02_raw.ipynb #99a35fed
 BLOCK_SIZES = (64, 32, 16, 8)
 
@@ -593,18 +622,20 @@ def extract_blocks(
     if rows.shape != cols.shape or rows.ndim != 1: raise ValueError(f"There are {rows.size} rows, but {cols.size} columns.")
     if rows.size and not (rows.dtype.kind in "iu" and cols.dtype.kind in "iu"):
         raise ValueError(f"Rows and columns must be integers, not {rows.dtype} and {cols.dtype}.")
-    rows, cols = rows.astype(np.intp), cols.astype(np.intp)
+    rows, cols = rows.astype(np.int64, copy=False), cols.astype(np.int64, copy=False)
     height, width = frame.shape
-    outside = (rows < 0) | (cols < 0) | (rows + size > height) | (cols + size > width)
-    off_grid = (rows % size != 0) | (cols % size != 0)
-    for bad, what in ((outside, f"does not lie inside the {width}×{height} frame"), (off_grid, f"is off the grid of {size} pixels")):
-        if bad.any():
-            i = bad.argmax()
-            raise ValueError(f"Block {i} ({size}×{size} at row {rows[i]}, column {cols[i]}) {what}.")
-    if margin: return sliding_window_view(np.pad(frame, margin, mode="edge"), (size + 2 * margin,) * 2)[rows, cols]
-    # a line of a block is copied as one item: in the frame it is contiguous and begins at a multiple of its length
-    lines = np.ascontiguousarray(frame[:, :width // size * size]).view(f"V{2 * size}")
-    return sliding_window_view(lines, size, axis=0)[rows, cols // size].view(np.uint16).reshape(-1, size, size)
+    blocks = np.empty((len(rows), size + 2 * margin, size + 2 * margin), np.uint16)
+    if not len(rows): return blocks
+    if rows.min() < 0 or cols.min() < 0 or rows.max() > height - size or cols.max() > width - size or ((rows | cols) & (size - 1)).any():
+        outside = (rows < 0) | (cols < 0) | (rows > height - size) | (cols > width - size)
+        i = (outside if outside.any() else ((rows | cols) & (size - 1)) != 0).argmax()
+        what = f"does not lie inside the {width}×{height} frame" if outside.any() else f"is off the grid of {size} pixels"
+        raise ValueError(f"Block {i} ({size}×{size} at row {rows[i]}, column {cols[i]}) {what}.")
+    if margin: frame = np.pad(frame, margin, mode="edge")
+    if frame.strides[1] != 2: frame = np.ascontiguousarray(frame)
+    stride = frame.strides[0]
+    _cutter(blocks.shape[1])(frame.__array_interface__["data"][0] + stride * rows + 2 * cols, stride, blocks)
+    return blocks
 
 # %% ../nbs/02_raw.ipynb #7f2d0b44
 def read_blocks(
