@@ -342,7 +342,7 @@ def build_block_sets(
     seed: int = 42,                 # of the division
     groups: dict | None = None,     # sequence → group that must not be divided
     nodes: str | None = None,       # reading of the logs the recordings must have: "coded", "searched"; None: whichever they agree on
-    assignment: dict | None = None, # sequence → split; None: drawn by `split_sequences`
+    assignment: dict | None = None, # sequence → split, as in an earlier data set; `split_sequences` draws for the others
     uncovered: str = "exclude",     # policy for types without a class in v6: "exclude" or "merge"
 ) -> dict:                          # "train", "val", "test" → BlockSet
     "Collect the blocks of all recordings and divide them by sequence. `ValueError` names the recording (and block) that does not fit."
@@ -356,7 +356,9 @@ def build_block_sets(
     parts, counts = {}, {}
     for recording in recordings:
         blocks, table = read_recording(raw_root, recording.name, size)
-        if not len(table): raise ValueError(f"recording {recording.name} has no intra {size}×{size} block inside the frame; leave it out.")
+        if not len(table):  # smooth pictures at coarse quantisers are coded in larger blocks
+            warnings.warn(f"recording {recording.name} has no intra {size}×{size} block inside the frame; the data set goes without it", stacklevel=2)
+            continue
         core = _from_frames(raw_root, recording, table, size, 0)
         if (wrong := (core != blocks).any(axis=(1, 2))).any():
             first = table.iloc[int(wrong.argmax())]
@@ -364,13 +366,17 @@ def build_block_sets(
                              f"frame {first['frame']} row {first['row']} col {first['col']}. Write the recording again.")
         parts[recording.name] = (_from_frames(raw_root, recording, table, size, margin) if margin else blocks, table)
         counts[recording.sequence] = counts.get(recording.sequence, 0) + table["type"].value_counts().reindex(range(10), fill_value=0).to_numpy()
-    if assignment is None: assignment = split_sequences(counts, fractions, seed, groups)
-    elif set(assignment) != set(counts) or set(assignment.values()) != set(SPLITS):
-        differing = sorted(set(assignment) ^ set(counts))[:5]
-        raise ValueError(f"assignment must name every sequence and fill every split with it; it differs in {differing}.")
+    if not parts: raise ValueError(f"no recording in {raw_root} has an intra {size}×{size} block inside the frame.")
+    assignment, groups = dict(assignment or {}), dict(groups or {})
+    if unknown := sorted(set(assignment) - set(counts)): raise ValueError(f"assignment names sequences that are not in the data: {unknown[:5]}.")
+    placed = {groups.get(name, name): split for name, split in assignment.items()}
+    assignment |= {name: placed[groups.get(name, name)] for name in counts if name not in assignment and groups.get(name, name) in placed}
+    new = {name: n for name, n in counts.items() if name not in assignment}
+    if new: assignment |= split_sequences(new, fractions, seed, {name: key for name, key in groups.items() if name in new})
+    if set(assignment.values()) != set(SPLITS): raise ValueError(f"assignment must fill every split; it has only {sorted(set(assignment.values()))}.")
     sets = {}
     for split in SPLITS:
-        chosen = [recording for recording in recordings if assignment[recording.sequence] == split]
+        chosen = [recording for recording in recordings if recording.name in parts and assignment[recording.sequence] == split]
         sequences = sorted({recording.sequence for recording in chosen})
         table = pd.concat([parts[recording.name][1].assign(sequence=sequences.index(recording.sequence), recording=number)
                            for number, recording in enumerate(chosen)], ignore_index=True)
@@ -379,7 +385,7 @@ def build_block_sets(
         samples = torch.from_numpy(np.concatenate([parts.pop(recording.name)[0] for recording in chosen])[:, None])
         sets[split] = BlockSet(samples, column.pop("type"), column.pop("qindex"), **column, sequence_names=sequences,
                                recording_names=[recording.name for recording in chosen], split=split, size=size, margin=margin,
-                               nodes=recordings[0].nodes, seed=seed, uncovered=uncovered, assignment=assignment, groups=groups or {})
+                               nodes=recordings[0].nodes, seed=seed, uncovered=uncovered, assignment=assignment, groups=groups)
     return sets
 
 # %% ../nbs/03_datasets.ipynb #004d8fd1
