@@ -6,7 +6,8 @@
 __all__ = ['PROVENANCE', 'TrainingError', 'TrainConfig', 'pick_device', 'autocast_dtype', 'set_seed', 'rng_state',
            'set_rng_state', 'save_torch', 'save_json', 'open_groups', 'parameter_groups', 'modules_of', 'train_mode',
            'make_scheduler', 'History', 'should_stop', 'not_finite', 'memory_explained', 'interruption_explained',
-           'progress_bar', 'Trainer', 'complete_provenance', 'checkpoint', 'save_stage', 'refuse_difference', 'fit']
+           'progress_bar', 'running_average', 'Trainer', 'complete_provenance', 'checkpoint', 'save_stage',
+           'refuse_difference', 'fit']
 
 # %% ../nbs/08_training.ipynb #f18b5819
 import io
@@ -20,12 +21,14 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from . import __version__
@@ -58,6 +61,7 @@ class TrainConfig:
     unfreeze: str = "all"  # "all": the whole backbone opens at once; "gradual": one layer group after the other, next to the head first
     unfreeze_every: int = 1  # epochs between two openings when `unfreeze` is "gradual"
     clip: float = 1.0  # largest norm of the gradient of all parameters together; 0: no clipping
+    average: float = 0.0  # decay a step of a running average of the weights that is validated and kept, in [0, 1); 0: the weights themselves
     patience: int = 8  # epochs without a better `monitor` before the training stops; 0: never stop early
     monitor: str = "macro_f1"  # name of a score, or "val_loss" or "train_loss"
     mode: str = "max"  # "max" if a larger monitor is better, "min" if a smaller one is
@@ -74,6 +78,7 @@ class TrainConfig:
             "schedule": (self.schedule in ("cosine", "onecycle", "constant"), "'cosine', 'onecycle' or 'constant'"),
             "warmup_epochs": (0 <= self.warmup_epochs < self.epochs, f"0 or more and below the {self.epochs} epochs"),
             "frozen_epochs": (self.frozen_epochs >= 0, "0 or more"), "clip": (self.clip >= 0, "0 (no clipping) or more"),
+            "average": (0 <= self.average < 1, "0 (no averaging) or more, and below 1"),
             "unfreeze": (self.unfreeze in ("all", "gradual"), "'all' or 'gradual'"),
             "unfreeze_every": (self.unfreeze_every >= 1, "at least 1"), "patience": (self.patience >= 0, "0 (never stop early) or more"),
             "mode": (self.mode in ("max", "min"), "'max' or 'min'"), "amp": (self.amp in (True, False, "auto"), "True, False or 'auto'"),
@@ -338,6 +343,17 @@ def progress_bar(
                 mininterval=0.3 if interactive else 5.0, ncols=None if interactive else 140, dynamic_ncols=interactive)
 
 # %% ../nbs/08_training.ipynb #7996c1e7
+def running_average(
+    decay,  # weight of the past in the long run, in (0, 1)
+    mean,  # average so far
+    value,  # of this step
+    steps,  # steps before this one
+):
+    "Exponential average that forgets faster at first, so that the beginning does not linger; counters and other integers are taken as they are."
+    if not mean.is_floating_point(): return value
+    return torch.lerp(mean, value.to(mean.dtype), 1 - min(decay, (1 + steps) / (10 + steps)))
+
+
 class Trainer:
     """The training loop of every stage: for each batch predict, loss, backward, step.
 
@@ -372,16 +388,22 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, config, len(train))
         self.dtype = autocast_dtype(self.device, config.amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.averaged = AveragedModel(model, avg_fn=partial(running_average, config.average), use_buffers=True) if config.average else None
 
-    def predict(self, batch):
+    @property
+    def kept(self):
+        "The model that is validated and kept: the running average where there is one."
+        return self.averaged.module if self.averaged is not None else self.model
+
+    def predict(self, model, batch):
         "Loss (scalar) and logits of one batch, in the precision of the settings."
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.objective(self.model, *batch)
+            return self.objective(model, *batch)
 
     def step(self, batch, epoch, number) -> float:
         "One update of the weights; returns the loss."
         where = (epoch, number, self.config, self.train)
-        loss, _ = self.predict(batch)
+        loss, _ = self.predict(self.model, batch)
         if not torch.isfinite(loss): raise not_finite("training loss", *where)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -393,6 +415,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
+        if self.averaged is not None: self.averaged.update_parameters(self.model)
         return loss.item()
 
     def batches(self, source):
@@ -425,11 +448,11 @@ class Trainer:
     @torch.inference_mode()
     def validate(self, epoch, bar) -> dict:
         "Loss and scores over all validation batches, in evaluation mode."
-        self.model.eval()
+        self.kept.eval()
         if isinstance(self.objective, nn.Module): self.objective.eval()
         total, logits, labels = 0.0, [], []
         for number, batch, _ in self.batches(self.val):
-            loss, output = self.predict(batch)
+            loss, output = self.predict(self.kept, batch)
             if not torch.isfinite(loss): raise not_finite("validation loss", epoch, number, self.config, self.val)
             total += loss.item() * len(output)
             logits.append(output.float().cpu())
@@ -443,7 +466,8 @@ class Trainer:
         "Everything that a training step changes, except the generators of random numbers."
         own = self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
         return {"model": self.model.state_dict(), "objective": own, "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict()}
+                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
+                "averaged": self.averaged.state_dict() if self.averaged is not None else {}}
 
     def load_state_dict(self, state):
         "Continue from `state`."
@@ -452,6 +476,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.averaged is not None: self.averaged.load_state_dict(state["averaged"])
 
 # %% ../nbs/08_training.ipynb #9e6730f6
 PROVENANCE = ("stage", "hierarchy", "architecture", "head", "class_names", "split_hash")  # what every checkpoint must say about itself
@@ -476,7 +501,7 @@ def checkpoint(
     provenance,  # dictionary with at least the entries of `PROVENANCE`, plain values only
 ) -> dict:
     "The content of a checkpoint: weights (on the CPU), metrics, settings and provenance. The optimiser's state is only in the state file."
-    weights = {name: value.detach().cpu() for name, value in trainer.model.state_dict().items()}
+    weights = {name: value.detach().cpu() for name, value in trainer.kept.state_dict().items()}
     return {"epoch": row["epoch"], "model_state_dict": weights, **{name: provenance[name] for name in PROVENANCE}, "provenance": provenance, "seed": trainer.config.seed,
             "config": asdict(trainer.config), "metrics": row, "normalisation": "uint16/1023", "av1nb_version": __version__}
 
