@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['import_torchvision', 'SqueezeExcitation', 'SpatialAttention', 'QindexEmbedding', 'Backbone', 'one_channel',
            'pretrained_state', 'ResNet18Blocks', 'layer_shapes', 'SeparableBlock', 'ConvStem', 'LightBackbone',
-           'layer_groups']
+           'layer_groups', 'Modulation', 'ModulatedConv', 'FoldedConv', 'ModulatedResidual', 'JointBackbone']
 
 # %% ../nbs/05_backbones.ipynb #84dda804
+import copy
 import importlib
 import sys
 from pathlib import Path
@@ -342,3 +343,198 @@ def layer_groups(
     if backbone.uses_qindex:
         groups[-1].append(backbone.qindex_embedding)
     return [nn.ModuleList(group) for group in groups]
+
+# %% ../nbs/05_backbones.ipynb #1c13ce20
+class Modulation(nn.Module):
+    "Feature-wise scale and shift from a condition: `x [B,C,H,W]`, `condition [B,D]` → `[B,C,H,W]`; the identity at first. Perez et al. (2018), FiLM."
+
+    def __init__(
+        self,
+        condition,  # length of the condition
+        channels,  # channels of x
+    ):
+        super().__init__()
+        self.linear = nn.Linear(condition, 2 * channels)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x, condition):
+        scale, shift = self.linear(condition)[:, :, None, None].chunk(2, 1)
+        return x * (1 + scale) + shift
+
+
+class ModulatedConv(nn.Module):
+    "Convolution without bias, batch norm, optional modulation, optional SiLU; padded to keep the size, or to halve it with stride 2."
+
+    def __init__(
+        self,
+        inputs,  # channels in
+        outputs,  # channels out
+        kernel=3,  # side of the kernel, odd
+        stride=1,  # 1 or 2
+        groups=1,  # groups of channels that are filtered by themselves
+        condition=None,  # length of the condition; None: no modulation
+        active=True,  # SiLU at the end
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(outputs, momentum=0.02)  # batches hold few pictures: statistics of many of them are needed
+        self.modulation = Modulation(condition, outputs) if condition else None
+        self.active = active
+
+    def forward(self, x, condition):
+        x = self.norm(self.conv(x))
+        if self.modulation is not None: x = self.modulation(x, condition)
+        return nn.functional.silu(x) if self.active else x
+
+    def folded(self, condition):
+        "The same for one condition [1,D] as a convolution with bias: module with the same call, in evaluation mode."
+        scale = self.norm.weight / torch.sqrt(self.norm.running_var + self.norm.eps)
+        shift = self.norm.bias - self.norm.running_mean * scale
+        if self.modulation is not None:
+            more, offset = self.modulation.linear(condition)[0].chunk(2)
+            scale, shift = scale * (1 + more), shift * (1 + more) + offset
+        return FoldedConv(self.conv, self.conv.weight * scale[:, None, None, None], shift, self.active)
+
+
+class FoldedConv(nn.Module):
+    "What `ModulatedConv.folded` gives: the condition is in the weights already."
+
+    def __init__(self, conv, weight, bias, active):
+        super().__init__()
+        self.conv = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups)
+        self.conv.weight, self.conv.bias, self.active = nn.Parameter(weight.detach()), nn.Parameter(bias.detach()), active
+
+    def forward(self, x, condition=None):
+        x = self.conv(x)
+        return nn.functional.silu(x, inplace=not x.requires_grad) if self.active else x
+
+
+class ModulatedResidual(nn.Module):
+    "Two convolutions and a shortcut (He et al., 2016): 3×3 and 3×3, or depthwise 5×5 and 1×1 where `separable`. The first of them begins as the identity."
+
+    def __init__(
+        self,
+        channels,  # channels in and out
+        condition,  # length of the condition
+        dropout=0.1,  # probability of dropping a channel of the branch
+        separable=False,  # depthwise-separable
+    ):
+        super().__init__()
+        if separable:
+            self.first = ModulatedConv(channels, channels, 5, groups=channels, active=False)
+            self.second = ModulatedConv(channels, channels, 1, condition=condition)
+        else:
+            self.first = ModulatedConv(channels, channels, condition=condition)
+            self.second = ModulatedConv(channels, channels, active=False)
+            nn.init.zeros_(self.second.norm.weight)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, x, condition):
+        return nn.functional.silu(x + self.dropout(self.second(self.first(x, condition), condition)))
+
+
+class JointBackbone(nn.Module):
+    """Luma of whole frames `[B,1,H,W]` in [0,1], H and W multiples of 64, and their qindex `[B]` (0–255) → {64, 32, 16, 8: features `[B,C,H/size,W/size]`}.
+
+    Sources: Perez et al. (2018), FiLM; Ronneberger et al. (2015), U-Net; Paul, Norkin and Bovik (2020), Speeding up VP9 Intra Encoder
+    with Hierarchical Deep Learning Based Partition Prediction.
+    """
+
+    architecture = "joint"
+    centres = True
+
+    def __init__(
+        self,
+        widths=(48, 96, 128, 128),  # channels at 1/4, 1/8, 1/16, and at 1/32 and 1/64 of the resolution
+        depths=(1, 2, 2, 2),  # residual blocks there
+        condition=32,  # length of the condition made of the qindex
+        dropout=0.1,  # of the channels of each residual branch
+        qindex=True,  # False: the qindex is taken but ignored, for comparison
+        context=True,  # False: each superblock is looked at by itself, for comparison
+    ):
+        super().__init__()
+        w4, w8, w16, w32 = widths
+        self.widths, self.depths, self.dropout, self.qindex, self.context = tuple(widths), tuple(depths), dropout, qindex, context
+        self.gain = nn.Parameter(torch.tensor([[3.0, -3.0], [3.0, 0.0]]))  # log gain at qindex 0, and its change up to 255
+        self.condition = nn.Sequential(nn.Linear(2, condition), nn.SiLU(), nn.Linear(condition, condition), nn.SiLU())
+
+        def blocks(width, depth, separable=False): return nn.ModuleList(ModulatedResidual(width, condition, dropout, separable) for _ in range(depth))
+
+        self.stem = ModulatedConv(34, w4, condition=condition)
+        self.at4 = blocks(w4, depths[0])
+        self.to8, self.at8 = ModulatedConv(w4, w8, stride=2, condition=condition), blocks(w8, depths[1])
+        self.to16, self.at16 = ModulatedConv(w8, w16, stride=2, condition=condition), blocks(w16, depths[2])
+        self.to32, self.at32 = ModulatedConv(w16, w32, stride=2, groups=w32 // 16, condition=condition), blocks(w32, depths[3], True)
+        self.to64, self.at64 = ModulatedConv(w32, w32, stride=2, groups=w32 // 16, condition=condition), blocks(w32, depths[3], True)
+        self.up32, self.up16, self.up8 = nn.Conv2d(w32, w32, 1), nn.Conv2d(w32, w16, 1), nn.Conv2d(w16, w8, 1)
+        self.merge32, self.merge16, self.merge8 = (ModulatedResidual(w, condition, dropout, True) for w in (w32, w16, w8))
+
+    @property
+    def channels(self):
+        "Size of the nodes → channels of their features."
+        return dict(zip((64, 32, 16, 8), (self.widths[3], self.widths[3], self.widths[2], self.widths[1])))
+
+    def settings(self):
+        "What this backbone was built with, in plain values."
+        return dict(widths=list(self.widths), depths=list(self.depths), dropout=self.dropout, qindex=self.qindex, context=self.context)
+
+    def scaled(self, qindex):
+        "The qindex in [0,1], float [B]; a constant if the backbone ignores it."
+        scaled = qindex.to(self.gain.dtype) / 255
+        return scaled if self.qindex else torch.full_like(scaled, 0.5)
+
+    def inputs(self, x, scaled):
+        "The 34 channels [B,34,H/4,W/4] that the first layer sees."
+        cells = nn.functional.pixel_unshuffle(x, 4)
+        mean = cells.mean(1, keepdim=True)
+        relief = mean - nn.functional.avg_pool2d(mean, 9, 1, 4, count_include_pad=False)
+        values = torch.cat([cells - mean, relief], 1)
+        gains = torch.exp(self.gain[:, :1] + self.gain[:, 1:] * scaled)[:, :, None, None, None]
+        return torch.cat([torch.asinh(values * gain) for gain in gains], 1).contiguous(memory_format=torch.channels_last)
+
+    def forward(self, x, qindex):
+        if x.ndim != 4 or x.shape[1] != 1 or x.shape[2] % 64 or x.shape[3] % 64 or not x.is_floating_point():
+            raise ValueError(f"JointBackbone takes float frames [batch, 1, height, width] in whole 64×64 superblocks, but got {x.dtype} {list(x.shape)}")
+        if not self.context:
+            b, _, h, w = x.shape
+            tiles = x.reshape(b, h // 64, 64, w // 64, 64).transpose(2, 3).reshape(-1, 1, 64, 64)
+            features = self.maps(tiles, qindex.repeat_interleave(h * w // 4096))
+            return {size: f.reshape(b, h // 64, w // 64, -1, 64 // size, 64 // size).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, h // size, w // size)
+                    for size, f in features.items()}
+        return self.maps(x, qindex)
+
+    def maps(self, x, qindex):
+        "`forward` without its checks."
+        scaled = self.scaled(qindex)
+        condition = self.condition(torch.stack([scaled, scaled.square()], 1))
+
+        def through(blocks, x):
+            for block in blocks: x = block(x, condition)
+            return x
+
+        f8 = through(self.at8, self.to8(through(self.at4, self.stem(self.inputs(x, scaled), condition)), condition))
+        f16 = through(self.at16, self.to16(f8, condition))
+        f32 = through(self.at32, self.to32(f16, condition))
+        f64 = through(self.at64, self.to64(f32, condition))
+
+        def double(x): return nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+
+        f32 = self.merge32(f32 + double(self.up32(f64)), condition)
+        f16 = self.merge16(f16 + double(self.up16(f32)), condition)
+        f8 = self.merge8(f8 + double(self.up8(f16)), condition)
+        return {64: f64, 32: f32, 16: f16, 8: f8}
+
+    @torch.no_grad()
+    def folded(
+        self,
+        qindex,  # one quantiser index, 0–255
+    ):
+        "A copy in evaluation mode that holds for this qindex alone and has plain convolutions: faster, and equal up to rounding."
+        twin = copy.deepcopy(self).eval()
+        scaled = self.scaled(torch.tensor([float(qindex)], device=self.gain.device))
+        condition = self.condition(torch.stack([scaled, scaled.square()], 1))
+        for module in list(twin.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, ModulatedConv): setattr(module, name, child.folded(condition))
+        return twin.requires_grad_(False)

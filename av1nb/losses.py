@@ -6,7 +6,7 @@
 __all__ = ['check_labels', 'Loss', 'inverse_frequency_weights', 'effective_number_weights', 'class_weights', 'pick_weights',
            'CrossEntropy', 'BinaryFocal', 'MultiClassFocal', 'ClassBalancedFocal', 'PositiveWeightFocal',
            'check_criterion', 'rank_descending', 'Mining', 'HardNegativeMining', 'HardExampleMining', 'mixed_loss',
-           'CenterLoss', 'Objective']
+           'CenterLoss', 'Objective', 'TreeLikelihood']
 
 # %% ../nbs/07_losses.ipynb #93f5e036
 import torch
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .augment import MixedLabels, check_number
+from .heads import type_log_probabilities
+from .partitions import LEVELS, PartitionType, cell_slices, legal_types
 
 # %% ../nbs/07_losses.ipynb #cb3bd69e
 def check_labels(
@@ -485,3 +487,42 @@ class Objective(nn.Module):
         embedding = model.head.embed(model.features(x, *inputs))
         logits = model.head.classify(embedding)
         return self.criterion(logits, target) + self.center_weight * self.center_loss(embedding, target), logits
+
+# %% ../nbs/07_losses.ipynb #7c2e5b2f
+class TreeLikelihood(nn.Module):
+    "`objective(model, x, target, qindex) → (loss, logits)`: hierarchical log-likelihood of trees. `target`: int64 [B, cells], types 0–9 or −1 for no node."
+
+    def __init__(
+        self,
+        weights=(1.0, 1.0, 1.0, 1.0),  # of the levels 64, 32, 16, 8; not negative
+        smoothing=0.0,  # share of the likelihood that is spread over the legal types, in [0, 1)
+    ):
+        super().__init__()
+        if len(weights) != len(LEVELS) or min(weights) < 0 or sum(weights) == 0: raise ValueError(f"weights are {weights}; they must be {len(LEVELS)} numbers, none negative, not all 0.")
+        check_number("smoothing", smoothing, 0, 1)
+        self.weights, self.smoothing = dict(zip(LEVELS, weights)), smoothing
+        for size in LEVELS: self.register_buffer(f"legal{size}", torch.tensor([t in legal_types(size) for t in PartitionType]))
+
+    def forward(self, model, x, target, qindex):
+        logits = model(x, qindex)
+        return self.loss(logits, target, *x.shape[2:]), logits
+
+    def loss(
+        self,
+        logits,  # [B, cells, 13 or 10]
+        target,  # int64 [B, cells]
+        height,  # of the crops in pixels
+        width,
+    ):
+        "Scalar. Raises ValueError where labels and logits do not belong together."
+        if target.shape != logits.shape[:2]: raise ValueError(f"{tuple(target.shape)} labels do not fit {tuple(logits.shape[:2])} nodes.")
+        total = logits.new_zeros((), dtype=torch.float32)
+        for size, cells in cell_slices(height, width).items():
+            labels = target[:, cells]
+            here = labels >= 0
+            legal = getattr(self, f"legal{size}")
+            scores = type_log_probabilities(logits[:, cells][here], legal)
+            each = -scores.gather(1, labels[here][:, None])[:, 0]
+            if self.smoothing: each = (1 - self.smoothing) * each - self.smoothing * scores[:, legal].mean(1)
+            total = total + self.weights[size] * each.sum() / max(len(each), 1)
+        return total

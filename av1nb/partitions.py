@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLOCK_WIDTH', 'BLOCK_HEIGHT', 'SQUARE_CODE', 'SIZES', 'MI', 'SYMMETRIES', 'UNCOVERED_POLICIES', 'V6', 'V5', 'FLAT',
-           'FLAT7', 'HIERARCHIES', 'PartitionType', 'legal_types', 'children', 'apply_symmetry', 'compose', 'inverse',
-           'label_map', 'leaves', 'mi_shape', 'random_tree', 'mi_arrays', 'coded_nodes', 'is_inside', 'transform_nodes',
-           'Stage', 'Hierarchy']
+           'FLAT7', 'HIERARCHIES', 'LEVELS', 'JOINT', 'PartitionType', 'legal_types', 'children', 'apply_symmetry',
+           'compose', 'inverse', 'label_map', 'leaves', 'mi_shape', 'random_tree', 'mi_arrays', 'coded_nodes',
+           'is_inside', 'transform_nodes', 'Stage', 'Hierarchy', 'legal_grid', 'cell_slices']
 
 # %% ../nbs/00_partitions.ipynb #db9c7123
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
@@ -550,3 +550,49 @@ FLAT = Hierarchy("flat", (Stage("ten", {t.name: (t,) for t in PartitionType}),))
 _SEVEN = Stage("seven", {t.name: (t,) for t in _DIVIDED[:7]}, parent=("stage1", "PARTITION"))
 FLAT7 = Hierarchy("flat7", (_STAGE1, _SEVEN), merges=_AS_HALVES)
 HIERARCHIES = {hierarchy.name: hierarchy for hierarchy in (V6, V5, FLAT, FLAT7)}
+
+# %% ../nbs/00_partitions.ipynb #209a7ef1
+LEVELS = (64, 32, 16, 8)  # sides of the nodes of a 64×64 superblock, largest first
+
+
+def legal_grid(
+    size: int,  # side of the nodes in pixels, one of `LEVELS`
+    width: int,  # frame width in pixels
+    height: int,  # frame height in pixels
+    limits: Mapping[int, Iterable] | None = None,  # size -> types that the encoder may use there; sizes that are not named have no limit
+) -> np.ndarray:  # bool [rows, columns, 10] of the frame padded to 64×64 superblocks; all False where a node lies outside
+    "Types that a node may have. Raises `ValueError` for a limit that leaves some node without any type."
+    mi_rows, mi_cols = mi_shape(width, height)
+    rows, cols = (np.arange(0, -(-n * MI // 64) * 64, size) for n in (mi_rows, mi_cols))
+    possible = np.zeros(10, bool)
+    possible[list(legal_types(size))] = True
+    has_rows, has_cols = (rows + size // 2 < mi_rows * MI)[:, None], (cols + size // 2 < mi_cols * MI)[None]
+    legal = np.broadcast_to(possible, (len(rows), len(cols), 10)).copy()
+    for here, types in ((~has_rows & has_cols, ("HORZ", "SPLIT")), (has_rows & ~has_cols, ("VERT", "SPLIT")), (~has_rows & ~has_cols, ("SPLIT",))):
+        legal[here] = np.isin(np.arange(10), [PartitionType[t] for t in types])
+    legal[(rows >= mi_rows * MI)[:, None] | (cols >= mi_cols * MI)[None]] = False
+    if limits and size in limits:
+        forced = legal.sum(2) <= 2  # edges obey the format, not the encoder's taste
+        legal[~forced] &= np.isin(np.arange(10), [int(t) for t in limits[size]])
+        if (~legal.any(2) & (rows < mi_rows * MI)[:, None] & (cols < mi_cols * MI)[None]).any():
+            raise ValueError(f"limits leave no type for {size}×{size} nodes; allow at least one of {', '.join(t.name for t in legal_types(size))}.")
+    return legal
+
+
+def cell_slices(
+    height: int,  # rows of pixels, a multiple of 64
+    width: int,  # columns of pixels, a multiple of 64
+) -> dict[int, slice]:  # size -> its part of a vector that holds the grids of all levels one after the other, each row by row
+    "Where each level stands in a flattened tree: 85 cells a superblock."
+    if height % 64 or width % 64 or not height or not width: raise ValueError(f"{width}×{height} pixels are no whole 64×64 superblocks.")
+    counts = [(height // size) * (width // size) for size in LEVELS]
+    return {size: slice(sum(counts[:i]), sum(counts[:i + 1])) for i, size in enumerate(LEVELS)}
+
+# %% ../nbs/00_partitions.ipynb #a40d6711
+JOINT = Hierarchy("joint", (
+    _STAGE1,
+    Stage("stage2", {"SPLIT": (_T.SPLIT,), "RECT": (_T.HORZ, _T.VERT), "AB": (_T.HORZ_A, _T.HORZ_B, _T.VERT_A, _T.VERT_B), "1TO4": (_T.HORZ_4, _T.VERT_4)},
+          parent=("stage1", "PARTITION")),
+    Stage("RECT", {"HORZ": (_T.HORZ,), "VERT": (_T.VERT,)}, parent=("stage2", "RECT")),
+    Stage("AB", {t.name: (t,) for t in (_T.HORZ_A, _T.HORZ_B, _T.VERT_A, _T.VERT_B)}, parent=("stage2", "AB")),
+    Stage("1TO4", {t.name: (t,) for t in (_T.HORZ_4, _T.VERT_4)}, parent=("stage2", "1TO4"))))
