@@ -6,7 +6,7 @@ STAMP    := .venv/installed
 RUN      ?= runs/demo
 SITE     := _docs
 
-.PHONY: help install demo test bench docs lab readme pages export sample clean
+.PHONY: help install demo test bench docs lab readme pages export sample encoder clean
 .DEFAULT_GOAL := help
 
 help: ## what there is to make
@@ -56,6 +56,9 @@ export: $(STAMP) ## write av1nb/ from the notebooks, clean the notebooks
 
 sample: $(STAMP) ## rebuild the shipped sample from its sources (needs the package index; about half an hour)
 	$(BIN)/papermill --cwd . nbs/stages/build_sample.ipynb runs/build_sample.ipynb
+
+encoder: $(STAMP) ## build libaom with the partition hook into the cache (SOURCE=folder that holds its tarball; else apt-get fetches it)
+	$(BIN)/python libaom/build.py $(if $(SOURCE),--source "$(SOURCE)")
 
 clean: ## remove what can be rebuilt, keep runs/ and .venv
 	rm -rf _docs _proc build dist *.egg-info .pytest_cache
