@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'RunDir', 'Models', 'PARTS', 'command', 'demo', 'run', 'compare', 'bench', 'label', 'load_pipeline',
-           'predict_frames', 'predict', 'evaluate', 'examine', 'doctor']
+           'predict_frames', 'joint_table', 'predict', 'evaluate', 'examine', 'doctor']
 
 # %% ../nbs/19_cli.ipynb #7ba53f7e
 import functools
@@ -79,14 +79,31 @@ def run(
 @command
 def compare(
     run_dir: RunDir = Path("runs/compare"),
-    hierarchy: Annotated[Optional[list[str]], typer.Option(help="a hierarchy to compare, several times for several; all if not given")] = None,
-    seed: Annotated[int, typer.Option(help="seed of the split, the models and the batches")] = 42,
+    hierarchy: Annotated[Optional[list[str]], typer.Option(help="v5, v6, flat, flat7 or joint, several times for several; the first four if not given")] = None,
+    seed: Annotated[Optional[list[int]], typer.Option(help="seed of the models and the batches, several times for several; 42 if not given")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="so many seeds, counted from the first one")] = 1,
+    split_seed: Annotated[int, typer.Option(help="seed of the split, the same for all")] = 42,
+    also: Annotated[Optional[list[str]], typer.Option(help="name=directory: a model that was trained elsewhere, with its report.json or seed_<n>/report.json")] = None,
+    parameter: Annotated[Optional[list[str]], typer.Option("-p", "--parameter", help="name=value, for every stage that takes it")] = None,
 ):
-    "Train and evaluate several hierarchies on the same blocks of the sample, and print them side by side."
+    "Train and evaluate several hierarchies on the same blocks of the sample, and print them side by side; what is done is kept."
+    chosen = seed or [42]
+    if seeds > 1:
+        if len(chosen) > 1: raise ValueError("give --seeds a number, or --seed several times, not both")
+        chosen = range(chosen[0], chosen[0] + seeds)
+    further = dict(one.partition("=")[::2] for one in also or [])
+    if bad := [name for name, folder in further.items() if not name or not folder]: raise ValueError(f"--also takes name=directory, not {', '.join(bad) or 'an empty name'}")
     directory = runs.RunDirectory(run_dir)
-    table = runs.compare(directory, tuple(hierarchy or runs.COMPARED), seed)
-    typer.echo("\n" + table.drop(columns="split").round(3).to_string(index=False))
-    typer.echo(f"\nOne seed ({seed}): differences of a few points are no result. Written to {directory / 'comparison.json'}")
+    rows = runs.compare(directory, tuple(hierarchy or runs.COMPARED), tuple(chosen), split_seed, further, runs.parse_parameters(parameter or []))
+    content = runs.read_json(directory / "comparison.json")
+    typer.echo("\n" + runs.comparison_table(content).to_string())
+    if len(chosen) == 1: typer.echo(f"\nOne seed ({chosen[0]}): differences of a few points are no result.")
+    else:
+        reference = "v6" if "v6" in set(rows["model"]) else rows["model"][0]
+        apart = runs.differences(rows, reference)
+        shown = apart[apart["different"]].drop(columns="different").round(3).to_string(index=False) if apart["different"].any() else "none"
+        typer.echo(f"\nMeans ± half their 95 % interval over seeds. Differences from {reference} whose 95 % interval excludes 0:\n{shown}")
+    typer.echo(f"Written to {directory / 'comparison.json'}")
 
 
 @command
@@ -122,11 +139,15 @@ def label(
 # %% ../nbs/19_cli.ipynb #d0bac6fa
 def load_pipeline(run_dir):
     "The trained pipeline of a run, with its thresholds; `FileNotFoundError` names the stage that is missing."
-    from av1nb.pipeline import Pipeline
+    import numpy as np
+    from av1nb.pipeline import Pipeline, fallback_sentence
 
     directory = runs.RunDirectory(run_dir)
     settings = json.loads(directory.require("reports/thresholds.json").read_text(encoding="utf-8"))
-    return Pipeline.from_run(directory / "models", settings.get("hierarchy", "v6"), settings["split_hash"], vote=settings["vote"], thresholds=settings["thresholds"])
+    counts = {stage: np.array(found) for stage, found in settings.get("fallback", {}).items()}  # of specialists that were absent already when the thresholds were chosen
+    pipeline = Pipeline.from_run(directory / "models", settings.get("hierarchy", "v6"), settings["split_hash"], counts or None, settings["vote"], thresholds=settings["thresholds"])
+    if pipeline.fallback: typer.echo(fallback_sentence(pipeline.fallback), err=True)
+    return pipeline
 
 
 def predict_frames(pipeline, luma, qindex=None):
@@ -149,29 +170,58 @@ def predict_frames(pipeline, luma, qindex=None):
     return pd.concat(tables, ignore_index=True)
 
 
+def joint_table(predictor, luma, qindex, confidence):
+    "Trees that the joint network predicts for 10-bit frames [n, H, W]: DataFrame frame, size, row, col, type, probability, set (types that reach the confidence, most probable first) and the probability of each type."
+    import numpy as np
+    from av1nb import joint
+    from av1nb.partitions import LEVELS, PartitionType
+
+    names, tables = np.array([t.name for t in PartitionType]), []
+    for number, frame in enumerate(luma):
+        maps = predictor.maps(frame, qindex)
+        tree, sets = joint.decode_tree(maps, frame.shape[1], frame.shape[0], qindex), joint.type_sets(maps, confidence)
+        own = np.concatenate([maps[size][nodes["row"] // size, nodes["col"] // size] for size in LEVELS for nodes in [tree[tree["size"] == size]]])
+        kept = np.concatenate([sets[size][nodes["row"] // size, nodes["col"] // size] for size in LEVELS for nodes in [tree[tree["size"] == size]]])
+        order = np.argsort(-own, axis=1, kind="stable")
+        tree["set"] = ["|".join(names[o[k[o]]]) for o, k in zip(order, kept)]
+        tree = tree.assign(type=names[tree["type"]], **{f"p_{name}": own[:, i] for i, name in enumerate(names)})
+        tree.insert(0, "frame", number)
+        tables.append(tree)
+    return pd.concat(tables, ignore_index=True)
+
+
 @command
 def predict(
-    video: Annotated[Path, typer.Argument(help=".y4m (8 or 10 bits) or .yuv (10 bits in 16-bit words, with --width and --height), 4:2:0")],
-    run_dir: Models = Path("runs/demo"),
+    video: Annotated[Path, typer.Argument(help="a film or picture that FFmpeg reads, or .yuv (10 bits in 16-bit words, 4:2:0, with --width and --height)")],
+    qindex: Annotated[Optional[int], typer.Option(min=0, max=255, help="quantiser index that the encoder will use")] = None,
     out: Annotated[Path, typer.Option("--out", help="CSV file to write; a picture of the first frame is written beside it")] = Path("predictions.csv"),
+    run_dir: Annotated[Optional[Path], typer.Option("--run-dir", help="predict with the cascade of this run instead of the joint network")] = None,
+    weights: Annotated[Optional[Path], typer.Option(help="checkpoint of a joint network; the shipped one if not given")] = None,
+    confidence: Annotated[float, typer.Option(help="probability that the set of types of a node must reach")] = 0.9,
     width: Annotated[Optional[int], typer.Option(help="width of a .yuv video in pixels")] = None,
     height: Annotated[Optional[int], typer.Option(help="height of a .yuv video in pixels")] = None,
-    frames: Annotated[int, typer.Option(help="predict so many frames from the beginning, 0: all")] = 1,
-    qindex: Annotated[Optional[int], typer.Option(min=0, max=255, help="quantiser index, for models that were trained to see it")] = None,
+    frames: Annotated[int, typer.Option(min=0, help="predict so many frames from the beginning, 0: all")] = 1,
 ):
-    "Predict the partition type of every 16×16 block of a video."
-    from av1nb import figures, raw, streams
+    "Predict the partition tree of a video's frames (joint network), or the type of every 16×16 block (a cascade)."
+    from av1nb import figures, joint, streams
     from av1nb.partitions import PartitionType
 
-    pipeline = load_pipeline(run_dir)
-    count = raw.probe_video(video, width, height).frames
-    luma = raw.read_video(video, width, height, range(min(frames or count, count)))
-    table = predict_frames(pipeline, luma, qindex)
+    if run_dir is not None and weights is not None: raise ValueError("give --run-dir for a cascade or --weights for a joint network, not both")
+    if run_dir is None and qindex is None: raise ValueError("the joint network is told the quantiser: add --qindex with a number from 0 to 255")
+    model = load_pipeline(run_dir) if run_dir is not None else joint.JointPredictor.load(weights)
+    luma, said = joint.read_luma(video, frames, width, height)
+    typer.echo(f"{len(luma)} frame{'s' * (len(luma) != 1)} of {luma.shape[2]}×{luma.shape[1]}, {said}")
+    if run_dir is None:
+        table = joint_table(model, luma, qindex, confidence)
+        nodes = table[table.frame == 0].assign(type=[int(PartitionType[name]) for name in table.type[table.frame == 0]])
+    else:
+        table = predict_frames(model, luma, qindex)
+        first = table[table.frame == 0]
+        nodes = pd.DataFrame({"size": 16, "row": first.row, "col": first.col, "type": [int(PartitionType[name]) for name in first.predicted]})
     with streams.atomic_file(out) as part: table.to_csv(part, index=False, float_format="%.6g")
-    first = table[table.frame == 0]
-    nodes = pd.DataFrame({"size": 16, "row": first.row, "col": first.col, "type": [int(PartitionType[name]) for name in first.predicted]})
-    figures.savefig(figures.partition_overlay(luma[0], nodes, title=f"{video.name}, predicted at 16×16"), out.with_suffix(".png"))
-    typer.echo(f"{len(table)} blocks of {len(luma)} frames: " + ", ".join(f"{name} {n}" for name, n in table.predicted.value_counts().items()))
+    figures.savefig(figures.partition_overlay(luma[0], nodes, title=f"{video.name}, predicted"), out.with_suffix(".png"))
+    counts = table.predicted.value_counts() if run_dir is not None else table[table["size"] == 16].type.value_counts()
+    typer.echo(f"{len(table)} {'blocks' if run_dir is not None else 'nodes, of which at 16×16'}: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
     typer.echo(f"Written to {out} and {out.with_suffix('.png')}")
 
 
@@ -232,6 +282,12 @@ def _check_libaom():
     return True, f"{library.version} ({library.source})"
 
 
+def _check_encoder():
+    from av1nb import encoder
+    library = encoder.load_encoder()
+    return True, f"{library.version} ({library.path})"
+
+
 def _check_sample():
     from av1nb import sample
     return True, f"{len(sample.load_sample())} pictures"
@@ -264,6 +320,7 @@ PARTS = (
     *((name, functools.partial(_check_package, name), True, "everything", "make install") for name in ("torch", "numpy", "pandas", "sklearn", "papermill", "av", "imagecodecs", "numba")),
     ("torchvision", _check_torchvision, True, "the v6 backbone", "make install"),
     ("libaom", _check_libaom, True, "labels from streams, encoding", "pip install imagecodecs, or set AV1NB_LIBAOM to a libaom shared library"),
+    ("libaom with hook", _check_encoder, False, "the closed loop: encoding with predicted partitions", "make encoder, or set AV1NB_ENCODER to such a library"),
     ("sample", _check_sample, True, "make demo", "take the whole repository, or rebuild it with make sample"),
     ("SVT-AV1 encoder", _check_svt, False, "the test with a second encoder", "a PyAV wheel built with libsvtav1"),
     ("CUDA", _check_cuda, False, "training on a GPU; everything runs on the CPU", "an NVIDIA GPU and a CUDA build of torch"),
