@@ -7,7 +7,7 @@ __all__ = ['VIDEO_SUFFIXES', 'kind_of', 'read_source', 'planes_from_ten_bit', 'c
            'fingerprint', 'CorpusError', 'label', 'build_corpus', 'load_corpus', 'corpus_table', 'skipped_table',
            'corpus_card']
 
-# %% ../nbs/13_corpus.ipynb #670c2205
+# %% ../nbs/13_corpus.ipynb #3a8a9db6
 import hashlib
 import itertools
 import json
@@ -31,7 +31,7 @@ from .sample import (LEAST_FACTOR, Picture, SampleError, _markdown_table, _repla
                      read_manifest, resize_plane, sha256, write_sample)
 from .streams import CQ_FOR_QINDEX, encode, load_libaom, make_folder, read_trees, write_bytes
 
-# %% ../nbs/13_corpus.ipynb #6af95d02
+# %% ../nbs/13_corpus.ipynb #99ea9196
 VIDEO_SUFFIXES = frozenset(".avi .flv .ivf .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .obu .ogv .ts .webm .wmv .y4m".split())
 
 
@@ -44,7 +44,7 @@ def kind_of(
     if suffix in VIDEO_SUFFIXES: return "video"
     return "picture" if Image.registered_extensions().get(suffix) in Image.OPEN else None
 
-# %% ../nbs/13_corpus.ipynb #6ef3c3dd
+# %% ../nbs/13_corpus.ipynb #503668b9
 def _read_picture(path):
     with Image.open(path) as image:
         image.load()
@@ -75,7 +75,7 @@ def _read_film(path, frames):
     if not found: raise ValueError("no frame of it can be decoded")
     return list(found.values()), list(found)
 
-# %% ../nbs/13_corpus.ipynb #784f7fd1
+# %% ../nbs/13_corpus.ipynb #6382a993
 def read_source(
     path: str | os.PathLike,  # picture or film, see `kind_of`
     frames: int = 2,  # how many frames to take of a film, evenly spread
@@ -99,12 +99,13 @@ def planes_from_ten_bit(
     if [p.shape for p in planes] != wanted or any(p.dtype != np.uint16 or p.max() > 1023 for p in planes):
         raise ValueError(f"The planes are {[(str(p.dtype), p.shape) for p in planes]}; 10-bit 4:2:0 planes of the shapes {wanted} are needed.")
     height, width = (int(side / factor) // 2 * 2 for side in (rows, columns))
-    if factor < 1 or min(height, width) < 16: raise ValueError(f"{columns}×{rows} pixels cannot be reduced by {factor:g}; the factor must be at least 1, and 16×16 pixels must stay.")
+    if factor < 1 or min(height, width) < 16:
+        raise ValueError(f"{columns}×{rows} pixels cannot be reduced by {factor:g}; the factor must be at least 1, and 16×16 pixels must stay.")
     sizes = [(height, width)] + 2 * [(height // 2, width // 2)]
     if factor == 1: return tuple(np.ascontiguousarray(p[:h, :w]) for p, (h, w) in zip(planes, sizes))
     return tuple(np.clip(np.rint(resize_plane(p, h, w, factor)), 0, 1023).astype(np.uint16) for p, (h, w) in zip(planes, sizes))
 
-# %% ../nbs/13_corpus.ipynb #242c68a4
+# %% ../nbs/13_corpus.ipynb #18695384
 _BLOCK = 16  # crops start at multiples of it, and texture is measured in blocks of it
 
 
@@ -131,7 +132,7 @@ def choose_crops(
         chosen.append((int(row.flat[best]), int(column.flat[best])))
     return chosen, (height, width)
 
-# %% ../nbs/13_corpus.ipynb #84dc9bbd
+# %% ../nbs/13_corpus.ipynb #1541512c
 def prepare(
     path: str | os.PathLike,  # picture or film
     max_pixels: int = 1_300_000,  # a larger picture is reduced to about this
@@ -156,7 +157,7 @@ def prepare(
     cut = [tuple(np.ascontiguousarray(p[r // k:(r + height) // k, c // k:(c + width) // k]) for p, k in zip(picture, (1, 2, 2))) for picture in planes for r, c in places]
     return cut, dict(factor=factor, crops=places, frames=numbers, rows=rows, columns=columns)
 
-# %% ../nbs/13_corpus.ipynb #c6484bf5
+# %% ../nbs/13_corpus.ipynb #60d576a9
 _THUMBNAIL = 16
 
 
@@ -183,7 +184,7 @@ def _most_alike(prints, known):
     best = max(scores, key=scores.get, default=None)
     return best, scores.get(best, -1.0)
 
-# %% ../nbs/13_corpus.ipynb #856eb091
+# %% ../nbs/13_corpus.ipynb #26e21ec7
 class CorpusError(RuntimeError):
     "A corpus is missing or damaged, or was built in another way; the message says what to do."
 
@@ -204,13 +205,13 @@ def label(
             table = pd.concat([tree.nodes(min_size=8) for tree in trees], ignore_index=True)
             if [t.index for t in trees] != list(range(len(pictures))) or any((t.sb_size, t.frame_type, t.width, t.height) != (64, 0, width, height) for t in trees):
                 raise CorpusError(f"The stream at qindex {qindex} does not hold {len(pictures)} intra frames of {width}×{height} with superblocks of 64×64.")
-            if (table["qindex"] != qindex).any(): raise CorpusError(f"The stream that was to have qindex {qindex} has a node with {table.loc[table['qindex'] != qindex, 'qindex'].iloc[0]}.")
+            if (other := table["qindex"] != qindex).any(): raise CorpusError(f"The stream that was to have qindex {qindex} has a node with {table['qindex'][other].iloc[0]}.")
             for _, tree in table.groupby("frame"): mi_arrays(tree, width, height)
             data = path.read_bytes()
             nodes[qindex], streams[qindex] = table, dict(cq_level=CQ_FOR_QINDEX[qindex], bytes=len(data), sha256=sha256(data))
     return nodes, streams
 
-# %% ../nbs/13_corpus.ipynb #c24326e8
+# %% ../nbs/13_corpus.ipynb #662c68aa
 _FORMAT = "av1nb corpus 1"
 _ABOUT = ("title", "author", "licence", "package")
 _SETTINGS = {"mode": "all intra", "end usage": "constant quality", "bit depth": 10, "threads": 1, "sb-size": 64}
@@ -272,7 +273,8 @@ def _look(path, known_sha256, frames):
 
 
 def _about_picture(name, file, about):
-    return dict(title=about["title"] or Path(file).stem, author=about["author"], licence=about["licence"], source=f"{about['package']}, {file}" if about["package"] else file)
+    return dict(title=about["title"] or Path(file).stem, author=about["author"], licence=about["licence"],
+                source=f"{about['package']}, {file}" if about["package"] else file)
 
 
 def _build_picture(path, out, name, file, seen, about, options, libaom):
@@ -285,14 +287,18 @@ def _build_picture(path, out, name, file, seen, about, options, libaom):
     kind = kind_of(path)
     how = f"{facts['columns']}×{facts['rows']} reduced by {facts['factor']:.4g}; {width}×{height} at (row, column) {', '.join(map(str, facts['crops']))}"
     if kind == "video": how += f"; frames {', '.join(map(str, facts['frames']))}"
-    picture = Picture(name=name, **_about_picture(name, file, about), preparation=how, luma=np.stack([y for y, _, _ in frames]), nodes=nodes, streams=streams, source_sha256=seen["sha256"])
+    picture = Picture(name=name, **_about_picture(name, file, about), preparation=how, luma=np.stack([y for y, _, _ in frames]), nodes=nodes,
+                      streams=streams, source_sha256=seen["sha256"])
     origin = dict(file=file, kind=kind, package=about["package"], sha256=seen["sha256"], **facts,
                   thumbnails=[np.rint(65535 * t).astype("<u2").tobytes().hex() for t in seen["thumbnails"]])
-    _write_picture(picture, dict(library="libaom", version=libaom, options={**_SETTINGS, "cpu-used": options["cpu_used"]}, cq_levels={str(q): CQ_FOR_QINDEX[q] for q in options["qindexes"]},
-                                 rebuild="av1nb.corpus.build_corpus", origin=origin), out)
+    _write_picture(picture, dict(library="libaom", version=libaom, options={**_SETTINGS, "cpu-used": options["cpu_used"]},
+                                 cq_levels={str(q): CQ_FOR_QINDEX[q] for q in options["qindexes"]}, rebuild="av1nb.corpus.build_corpus", origin=origin), out)
 
 
-def _in_parallel(what, jobs, files, tasks): return dict(zip(files, tqdm(Parallel(n_jobs=jobs or -1, return_as="generator")(tasks), total=len(files), desc=what, mininterval=5)))
+def _in_parallel(what, jobs, files, tasks):
+    "What a task gave for each file."
+    done = Parallel(n_jobs=jobs or -1, return_as="generator")(tasks) if files else ()
+    return dict(zip(files, tqdm(done, total=len(files), desc=what, mininterval=5, disable=not files)))
 
 
 def _write_picture(picture, encoder, out):
@@ -310,7 +316,7 @@ def _manifests(folder):
 
 def _prints(origin): return [fingerprint(np.frombuffer(bytes.fromhex(t), "<u2").reshape(_THUMBNAIL, _THUMBNAIL) / 65535) for t in origin["thumbnails"]]
 
-# %% ../nbs/13_corpus.ipynb #2515bb84
+# %% ../nbs/13_corpus.ipynb #cfaed1c5
 def build_corpus(
     inputs: str | os.PathLike | Sequence,  # a folder of pictures and films (subfolders included), a file, or several of them
     out: str | os.PathLike,  # folder of the corpus; a corpus that is there already is continued
@@ -343,18 +349,20 @@ def build_corpus(
             ("similarity", similarity, 0 < similarity <= 1, "a number above 0 and at most 1"), ("cpu_used", cpu_used, 0 <= cpu_used <= 9, "a whole number from 0 to 9")):
         if not good: raise ValueError(f"{name} is {value}; it must be {needed}.")
     libaom = load_libaom().version
-    options = dict(qindexes=sorted(map(int, qindexes)), cpu_used=cpu_used, max_pixels=max_pixels, factor=factor, crop=crop, crops=crops, frames=frames, similarity=similarity, libaom=libaom)
+    options = dict(qindexes=sorted(map(int, qindexes)), cpu_used=cpu_used, max_pixels=max_pixels, factor=factor, crop=crop, crops=crops, frames=frames,
+                   similarity=similarity, libaom=libaom)
     if (out / "corpus.json").is_file(): built = _read_corpus(out)["options"]
     elif out.is_dir() and any(out.iterdir()): raise CorpusError(f"{out} is not empty and not a corpus. Choose another folder.")
     else: built = None
     finished = {name: manifest["encoder"]["origin"] for name, manifest in _manifests(out).items()}
     if finished and (differing := [key for key in options if built.get(key) != options[key]]):
-        raise CorpusError(f"{out} was built with " + ", ".join(f"{k} {built.get(k)}" for k in differing) + "; this call asks for " + ", ".join(f"{k} {options[k]}" for k in differing)
-                          + ". Choose another folder, or the same options.")
+        was, now = (", ".join(f"{k} {values.get(k)}" for k in differing) for values in (built, options))
+        raise CorpusError(f"{out} was built with {was}; this call asks for {now}. Choose another folder, or the same options.")
 
     sources = _sources(inputs, out)
     if strange := sorted(set(about) - set(sources)): raise ValueError(f"about names {strange[0]!r}, which is not among the files of {inputs}.")
-    if wrong := sorted({key for entry in about.values() for key in entry} - set(_ABOUT)): raise ValueError(f"about has an entry {wrong[0]!r}; it may have {', '.join(_ABOUT)}.")
+    if wrong := sorted({key for entry in about.values() for key in entry} - set(_ABOUT)):
+        raise ValueError(f"about has an entry {wrong[0]!r}; it may have {', '.join(_ABOUT)}.")
     abouts = {file: dict(title="", author=author, licence=licence, package=package) | dict(about.get(file, {})) for file in sources}
 
     names, by_file = _names(sources, finished), {origin["file"]: origin["sha256"] for origin in finished.values()}
@@ -432,9 +440,10 @@ def corpus_table(
     rows = []
     for name, manifest in _manifests(Path(folder)).items():
         [entry], origin = manifest["pictures"], manifest["encoder"]["origin"]
-        rows.append(dict(sequence=name, title=entry["title"], author=entry["author"], licence=entry["licence"], package=origin["package"], file=origin["file"], kind=origin["kind"],
-                         frames=entry["frames"], height=entry["height"], width=entry["width"], factor=origin["factor"], nodes=sum(s["nodes"] for s in entry["streams"].values()),
-                         stream_bytes=sum(s["bytes"] for s in entry["streams"].values()), source_sha256=entry["source_sha256"], luma_sha256=entry["luma_sha256"]))
+        rows.append(dict(sequence=name) | {k: entry[k] for k in ("title", "author", "licence")} | {k: origin[k] for k in ("package", "file", "kind")}
+                    | {k: entry[k] for k in ("frames", "height", "width")}
+                    | dict(factor=origin["factor"], nodes=sum(s["nodes"] for s in entry["streams"].values()), stream_bytes=sum(s["bytes"] for s in entry["streams"].values()),
+                           source_sha256=entry["source_sha256"], luma_sha256=entry["luma_sha256"]))
     return pd.DataFrame(rows).set_index("sequence")
 
 
@@ -447,7 +456,7 @@ def skipped_table(
     entries = _read_json(path) if path.is_file() else {}
     return pd.DataFrame([dict(file=file, **entry) for file, entry in entries.items()], columns=["file", "reason", "group"])
 
-# %% ../nbs/13_corpus.ipynb #8c2422c6
+# %% ../nbs/13_corpus.ipynb #2495996c
 def corpus_card(
     folder: str | os.PathLike,  # of a corpus
 ) -> str:  # Markdown
@@ -459,16 +468,17 @@ def corpus_card(
     by_qindex.insert(0, "nodes", by_qindex.sum(axis=1))
     licences = table.groupby("licence").agg(pictures=("file", "size"), frames=("frames", "sum")).reset_index()
     carried = [dict(sequence=p.name, what=p.title, author=p.author, licence=p.licence, source=p.source, preparation=p.preparation) for p in pictures]
-    hashes = [{"sequence": p.name, "source file": f"`{p.source_sha256}`", "luma planes": f"`{sha256(p.luma)}`"} | {f"stream at {q}": f"`{s['sha256']}` ({s['bytes']:,} bytes)" for q, s in sorted(p.streams.items())}
-              for p in pictures]
+    hashes = [{"sequence": p.name, "source file": f"`{p.source_sha256}`", "luma planes": f"`{sha256(p.luma)}`"}
+              | {f"stream at {q}": f"`{s['sha256']}` ({s['bytes']:,} bytes)" for q, s in sorted(p.streams.items())} for p in pictures]
     cq = ", ".join(f"{CQ_FOR_QINDEX[q]} (qindex {q})" for q in options["qindexes"])
     return "\n\n".join([
         "# Card of the corpus",
-        f"{len(pictures)} sequences, {sum(len(p.luma) for p in pictures)} frames, {sum(p.luma.size for p in pictures):,} pixels of 10-bit luma; {counts.to_numpy().sum():,} coded 16×16 nodes wholly inside "
-        f"the frame at {len(by_qindex) - 1} quantisers. All crops, frames and quantisers of one sequence belong to the same part of a split.",
+        f"{len(pictures)} sequences, {sum(len(p.luma) for p in pictures)} frames, {sum(p.luma.size for p in pictures):,} pixels of 10-bit luma; "
+        f"{counts.to_numpy().sum():,} coded 16×16 nodes wholly inside the frame at {len(by_qindex) - 1} quantisers. All crops, frames and quantisers of one sequence belong to the same part of a split.",
         "## How it was made",
-        f"8-bit sources were reduced by at least {LEAST_FACTOR:g} (Lanczos, in floating point, rounded once to 10 bits, ITU-R BT.709, 4:2:0, narrow range); sources of 10 bits or more may be as they were. "
-        f"Options: {', '.join(f'{k} {v}' for k, v in options.items())}. Encoder: libaom {options['libaom']}, {', '.join(f'{k} {v}' for k, v in _SETTINGS.items())}, cpu-used {options['cpu_used']}, cq-level {cq}. "
+        f"8-bit sources were reduced by at least {LEAST_FACTOR:g} (Lanczos, in floating point, rounded once to 10 bits, ITU-R BT.709, 4:2:0, narrow range); "
+        f"sources of 10 bits or more may be as they were. Options: {', '.join(f'{k} {v}' for k, v in options.items())}. "
+        f"Encoder: libaom {options['libaom']}, {', '.join(f'{k} {v}' for k, v in _SETTINGS.items())}, cpu-used {options['cpu_used']}, cq-level {cq}. "
         "The labels are the coded tree, read back from the stream by the decoder: node sizes 64 to 8, intra frames.",
         "## Licences", _markdown_table(licences),
         "## 16×16 nodes by quantiser and type", _markdown_table(by_qindex.reset_index(names="qindex")),

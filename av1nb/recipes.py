@@ -108,8 +108,10 @@ def recipe_for(
     hierarchy = find_hierarchy(hierarchy)
     known = {field.name for field in fields(Recipe)}
     if unknown := sorted(set(changes) - known): raise ValueError(f"a recipe has no {', '.join(unknown)}: it has {', '.join(sorted(known))}")
-    fallback = RECIPES["v6", "stage1"] if is_binary(hierarchy, stage) else Recipe(loss="class_balanced_focal", balanced=False, symmetries=acting_symmetries(hierarchy, stage))
-    recipe = RECIPES.get((hierarchy.name, stage), fallback)
+    recipe = RECIPES.get((hierarchy.name, stage))
+    if recipe is None:
+        recipe = RECIPES["v6", "stage1"] if is_binary(hierarchy, stage) else Recipe(loss="class_balanced_focal", balanced=False)
+        recipe = replace(recipe, symmetries=acting_symmetries(hierarchy, stage))
     return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
 
