@@ -69,11 +69,14 @@ def test_what_is_done_is_not_run_again_and_seeds_are_added(compared):
     (run / "joint/seed_1").mkdir(parents=True)
     (run / "joint/seed_1/report.json").write_text(json.dumps(joint))
     settings = [part for name, value in SETTINGS.items() for part in ("-p", f"{name}={json.dumps(value)}")]
-    done = av1nb("compare", "--run-dir", run, "--hierarchy", "flat", "--seed", 1, "--seed", 2, "--split-seed", 1, *settings)
+    done = av1nb("compare", "--run-dir", run.path, "--hierarchy", "flat", "--seed", 1, "--seed", 2, "--split-seed", 1, *settings)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing of seed 1 was made again
     rows = pd.DataFrame(json.loads((run / "comparison.json").read_text())["rows"])
     assert list(zip(rows.model, rows.seed)) == [("flat", 1), ("flat", 2), ("joint", 1)]
-    assert rows["ten-way, accuracy"][0] == rows["ten-way, accuracy"][2] == table["ten-way, accuracy"][1] != rows["ten-way, accuracy"][1]
+    assert rows["ten-way, accuracy"][0] == rows["ten-way, accuracy"][2] == table["ten-way, accuracy"][1]
+    one, other = (torch.load(run / f"flat/seed_{seed}/models/ten_model_best.pt", weights_only=True) for seed in (1, 2))
+    assert (one["seed"], other["seed"]) == (1, 2) and one["split_hash"] == other["split_hash"]
+    assert not torch.equal(one["model_state_dict"]["backbone.conv1.weight"], other["model_state_dict"]["backbone.conv1.weight"])
     assert "±" in done.stdout and "ten-way, accuracy" in done.stdout and "joint" in done.stdout
     shutil.rmtree(run / "joint")
 
