@@ -576,29 +576,41 @@ def write_y4m(
     return count
 
 # %% ../nbs/02_raw.ipynb #cf51bcc3
+_STREAM_FROM = 4 << 20  # bytes; smaller results stay in the cache, where their user finds them
+
+
 @intrinsic
-def _copy_line(typingctx, target, source, pixels):
-    "Copy `pixels` samples of 16 bits (a number known when compiling) between two addresses, as one vector."
-    if not isinstance(pixels, numba.types.IntegerLiteral): return None  # numba asks again with the number itself
+def _copy_line(typingctx, target, source, pixels, streaming):
+    "Copy `pixels` samples of 16 bits between two addresses; streaming: past the cache, for targets at multiples of 16 bytes. Both are known when compiling."
+    if not all(isinstance(known, numba.types.Literal) for known in (pixels, streaming)): return None  # numba asks again with the values themselves
 
     def codegen(_, builder, signature, arguments):
-        vector = ir.VectorType(ir.IntType(16), signature.args[2].literal_value).as_pointer()
-        target, source = (builder.inttoptr(address, vector) for address in arguments[:2])
-        builder.store(builder.load(source, align=2), target, align=2)
+        pixels, streaming = (known.literal_value for known in signature.args[2:])
+        at_once = 8 if streaming else pixels
+        vector = ir.VectorType(ir.IntType(16), at_once).as_pointer()
+        for first in range(0, pixels, at_once):
+            to, start = (builder.inttoptr(builder.add(address, address.type(2 * first)), vector) for address in arguments[:2])
+            store = builder.store(builder.load(start, align=2), to, align=16 if streaming else 2)
+            if streaming: store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
 
-    return numba.void(numba.int64, numba.int64, pixels), codegen
+    return numba.void(numba.int64, numba.int64, pixels, streaming), codegen
 
 
 @lru_cache
-def _cutter(side):
-    "Compiled copy of blocks of `side`×`side` samples that begin at the addresses `starts`, with `stride` bytes from line to line, into `blocks`."
+def _cutter(side, streaming):
+    "Compiled copy of blocks of `side`×`side` samples out of a frame at `address`, with `stride` bytes from line to line; False, and no copy, if a position is not allowed."
     @_compiled
-    def cut(starts, stride, blocks):
+    def cut(address, stride, rows, cols, last_row, last_col, grid, blocks):
+        for i in range(len(rows)):
+            row, col = rows[i], cols[i]
+            if (row | col | (last_row - row) | (last_col - col)) < 0 or (row | col) & (grid - 1): return False  # a number below 0 sets the sign of the whole
         target = blocks.ctypes.data
-        for start in starts:
+        for i in range(len(rows)):
+            source = address + rows[i] * stride + 2 * cols[i]
             for line in range(side):
-                _copy_line(target, start + line * stride, side)
+                _copy_line(target, source + line * stride, side, streaming)
                 target += 2 * side
+        return True
 
     return cut
 
@@ -622,20 +634,18 @@ def extract_blocks(
     if rows.shape != cols.shape or rows.ndim != 1: raise ValueError(f"There are {rows.size} rows, but {cols.size} columns.")
     if rows.size and not (rows.dtype.kind in "iu" and cols.dtype.kind in "iu"):
         raise ValueError(f"Rows and columns must be integers, not {rows.dtype} and {cols.dtype}.")
-    rows, cols = rows.astype(np.int64, copy=False), cols.astype(np.int64, copy=False)
-    height, width = frame.shape
-    blocks = np.empty((len(rows), size + 2 * margin, size + 2 * margin), np.uint16)
-    if not len(rows): return blocks
-    if rows.min() < 0 or cols.min() < 0 or rows.max() > height - size or cols.max() > width - size or ((rows | cols) & (size - 1)).any():
-        outside = (rows < 0) | (cols < 0) | (rows > height - size) | (cols > width - size)
-        i = (outside if outside.any() else ((rows | cols) & (size - 1)) != 0).argmax()
-        what = f"does not lie inside the {width}×{height} frame" if outside.any() else f"is off the grid of {size} pixels"
-        raise ValueError(f"Block {i} ({size}×{size} at row {rows[i]}, column {cols[i]}) {what}.")
+    rows, cols = rows.astype(np.int64), cols.astype(np.int64)  # copies, which the compiled loop may take to be writable and contiguous
+    (height, width), side = frame.shape, size + 2 * margin
+    blocks = np.empty((len(rows), side, side), np.uint16)
     if margin: frame = np.pad(frame, margin, mode="edge")
     if frame.strides[1] != 2: frame = np.ascontiguousarray(frame)
-    stride = frame.strides[0]
-    _cutter(blocks.shape[1])(frame.__array_interface__["data"][0] + stride * rows + 2 * cols, stride, blocks)
-    return blocks
+    source, target = (array.__array_interface__["data"][0] for array in (frame, blocks))
+    cut = _cutter(side, side % 8 == 0 and target % 16 == 0 and blocks.nbytes >= _STREAM_FROM)
+    if cut(source, frame.strides[0], rows, cols, height - size, width - size, size, blocks): return blocks
+    outside = (rows < 0) | (cols < 0) | (rows > height - size) | (cols > width - size)
+    i = (outside if outside.any() else ((rows | cols) & (size - 1)) != 0).argmax()
+    raise ValueError(f"Block {i} ({size}×{size} at row {rows[i]}, column {cols[i]}) "
+                     f"{f'does not lie inside the {width}×{height} frame' if outside.any() else f'is off the grid of {size} pixels'}.")
 
 # %% ../nbs/02_raw.ipynb #7f2d0b44
 def read_blocks(
