@@ -254,10 +254,10 @@ def stage_probabilities(
 def fit_decisions(
     types_p: np.ndarray,  # [N, 10] on validation blocks
     types: np.ndarray,  # true types [N]
-    powers=np.round(np.arange(0, 2.01, 0.05), 2),  # to choose from
+    powers=None,  # to choose from; None: 0, 0.05, …, 2
 ) -> dict:  # stage → dict(power, weights [C], macro_f1): factors on the probabilities before the largest is taken
     "For each stage the power of the class frequencies that gives the best macro-F1. Source: Menon et al. (2021)."
-    result = {}
+    result, powers = {}, np.round(np.arange(0, 2.01, 0.05), 2) if powers is None else powers
     for name, p in stage_probabilities(types_p).items():
         labels = JOINT.labels(types)[name]
         here = labels >= 0
