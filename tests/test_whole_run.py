@@ -90,7 +90,7 @@ def test_predict_and_evaluate_on_a_new_video(small_run, tmp_path):
     raw.write_y4m(tmp_path / "new.y4m", [(luma, chroma, chroma)])
     streams.encode([(luma, chroma, chroma)], tmp_path / "new.ivf", cq_level=20, cpu_used=4)
     said = av1nb("predict", tmp_path / "new.y4m", "--run-dir", small_run.path, "--out", tmp_path / "p.csv").stdout
-    assert "60 blocks of 1 frames" in said and (tmp_path / "p.png").stat().st_size > 1000
+    assert "1 frame of 160×96" in said and "60 blocks: " in said and (tmp_path / "p.png").stat().st_size > 1000
     table = pd.read_csv(tmp_path / "p.csv", keep_default_na=False)
     assert len(table) == 60 and set(zip(table.row, table.col)) == {(r, c) for r in range(0, 96, 16) for c in range(0, 160, 16)}
     said = av1nb("evaluate", tmp_path / "new.ivf", "--run-dir", small_run.path, "--video", tmp_path / "new.y4m").stdout
