@@ -180,8 +180,8 @@ def joint_table(predictor, luma, qindex, confidence):
     for number, frame in enumerate(luma):
         maps = predictor.maps(frame, qindex)
         tree, sets = joint.decode_tree(maps, frame.shape[1], frame.shape[0], qindex), joint.type_sets(maps, confidence)
-        own = np.concatenate([maps[size][nodes["row"] // size, nodes["col"] // size] for size in LEVELS for nodes in [tree[tree["size"] == size]]])
-        kept = np.concatenate([sets[size][nodes["row"] // size, nodes["col"] // size] for size in LEVELS for nodes in [tree[tree["size"] == size]]])
+        places = {size: (nodes["row"] // size, nodes["col"] // size) for size in LEVELS for nodes in [tree[tree["size"] == size]]}  # the tree lists its levels in this order
+        own, kept = (np.concatenate([of[size][places[size]] for size in LEVELS]) for of in (maps, sets))
         order = np.argsort(-own, axis=1, kind="stable")
         tree["set"] = ["|".join(names[o[k[o]]]) for o, k in zip(order, kept)]
         tree = tree.assign(type=names[tree["type"]], **{f"p_{name}": own[:, i] for i, name in enumerate(names)})

@@ -100,6 +100,7 @@ class FrameSet:
         column = lambda name: torch.tensor([getattr(r, name) for r in self.recordings], device=device)
         self.qindex, self.width, self.height, self.luma_start = map(column, ("qindex", "padded_width", "padded_height", "luma_start"))
         self.starts = column("starts")
+        self.steps, self.maps = _steps(device), _maps(device)  # every batch needs them
 
     def __len__(self): return len(self.recordings)
 
@@ -125,7 +126,7 @@ class FrameSet:
         "Crops of the side S, pixels and trees transformed together. Source: the symmetries of `partitions`, as arithmetic on positions."
         device = self.luma.device
         recording, row, col, symmetry = (v.to(device) for v in (recording, row, col, symmetry))
-        transpose, flip_rows, flip_cols = (_steps(device)[symmetry, k, None, None] for k in range(3))
+        transpose, flip_rows, flip_cols = (self.steps[symmetry, k, None, None] for k in range(3))
 
         def positions(size, start, width):
             n = self.side // size
@@ -137,7 +138,7 @@ class FrameSet:
         width = self.width[recording]
         x = self.luma[positions(1, self.luma_start[recording], width)][:, None]
         cells = [self.types[size][positions(size, self.starts[recording, level], width // size)].flatten(1) for level, size in enumerate(LEVELS)]
-        types = torch.gather(_maps(device)[symmetry], 1, torch.cat(cells, 1).long().remainder(11))
+        types = torch.gather(self.maps[symmetry], 1, torch.cat(cells, 1).long().remainder(11))
         return to_float(x, check=False), types, self.qindex[recording]
 
 
