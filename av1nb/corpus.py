@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIDEO_SUFFIXES', 'kind_of', 'read_source', 'planes_from_ten_bit', 'choose_crops', 'prepare', 'thumbnail',
-           'fingerprint', 'CorpusError', 'label', 'build_corpus', 'load_corpus', 'corpus_table', 'skipped_table',
-           'corpus_card']
+           'fingerprint', 'CorpusError', 'label', 'build_corpus', 'load_corpus', 'corpus_options', 'source_planes',
+           'corpus_table', 'skipped_table', 'corpus_card']
 
 # %% ../nbs/13_corpus.ipynb #3a8a9db6
 import hashlib
@@ -430,6 +430,33 @@ def load_corpus(
     if unknown := sorted(set(names or ()) - set(known)): raise ValueError(f"The corpus {folder} has no picture {unknown[0]!r}.")
     try: return [load_sample(folder=folder / "pictures" / name)[0] for name in known if names is None or name in names]
     except SampleError as error: raise CorpusError(f"A picture of the corpus is damaged: {error} Delete its folder and build the corpus again.") from error
+
+
+def corpus_options(
+    folder: str | os.PathLike,  # of a corpus
+) -> dict:  # arguments of `build_corpus`, and the version of libaom
+    "How a corpus was built. Raises `CorpusError` if there is none."
+    return _read_corpus(folder)["options"]
+
+
+def source_planes(
+    folder: str | os.PathLike,  # of a corpus
+    sources: str | os.PathLike,  # folder of the pictures and films that it was made from
+    name: str,  # sequence
+    **changes,  # arguments of `prepare` that differ, such as a larger crop
+) -> list[tuple]:  # (Y, U, V) of each crop, uint16
+    """Luma and chroma of a sequence, made again from its source; the corpus itself holds luma only.
+
+    Raises `CorpusError` if the source is missing or another file than the one that the corpus was made from, or if the luma is not the same although nothing was changed.
+    """
+    if name not in (table := corpus_table(folder)).index: raise CorpusError(f"The corpus {folder} has no picture {name!r}.")
+    entry, options = table.loc[name], corpus_options(folder)
+    path = Path(sources) / entry["file"]
+    if not path.is_file(): raise CorpusError(f"{path} is missing, from which {name} was made: build the corpus again, or name the folder of its sources.")
+    if sha256(path.read_bytes()) != entry["source_sha256"]: raise CorpusError(f"{path} is another file than the one that {name} was made from.")
+    planes, _ = prepare(path, **{key: options[key] for key in ("max_pixels", "factor", "crop", "crops", "frames")} | changes)
+    if not changes and sha256(np.stack([y for y, _, _ in planes])) != entry["luma_sha256"]: raise CorpusError(f"{path} gives other pixels than those of {name}: was the corpus built by another version?")
+    return planes
 
 
 def corpus_table(

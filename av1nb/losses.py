@@ -6,7 +6,7 @@
 __all__ = ['check_labels', 'Loss', 'inverse_frequency_weights', 'effective_number_weights', 'class_weights', 'pick_weights',
            'CrossEntropy', 'BinaryFocal', 'MultiClassFocal', 'ClassBalancedFocal', 'PositiveWeightFocal',
            'check_criterion', 'rank_descending', 'Mining', 'HardNegativeMining', 'HardExampleMining', 'mixed_loss',
-           'CenterLoss', 'Objective', 'TreeLikelihood']
+           'CenterLoss', 'Objective', 'TreeLikelihood', 'RegretLikelihood']
 
 # %% ../nbs/07_losses.ipynb #93f5e036
 import torch
@@ -525,4 +525,50 @@ class TreeLikelihood(nn.Module):
             each = -scores.gather(1, labels[here][:, None])[:, 0]
             if self.smoothing: each = (1 - self.smoothing) * each - self.smoothing * scores[:, legal].mean(1)
             total = total + self.weights[size] * each.sum() / max(len(each), 1)
+        return total
+
+# %% ../nbs/07_losses.ipynb #3fc03170
+class RegretLikelihood(TreeLikelihood):
+    "`objective(model, x, target, qindex, regrets) → (loss, logits)`: likelihood of trees, expected regret and costs as soft targets. `regrets`: float [B, cells, 10], NaN where unknown."
+
+    def __init__(
+        self,
+        weights=(1.0, 1.0, 1.0, 1.0),  # of the levels 64, 32, 16, 8; not negative
+        smoothing=0.0,  # of the likelihood, see `TreeLikelihood`
+        likelihood=1.0,  # weight of the likelihood of the coded tree, at least 0
+        soft=1.0,  # weight of the cross-entropy against the costs, at least 0
+        regret=1.0,  # weight of the expected regret, at least 0; it is counted in units of `temperature`
+        temperature=0.005,  # regret at which a type has 1/e of the best one's share of the target, above 0
+    ):
+        super().__init__(weights, smoothing)
+        for name, value in (("likelihood", likelihood), ("soft", soft), ("regret", regret)): check_number(name, value, 0)
+        if likelihood + soft + regret == 0: raise ValueError("likelihood, soft and regret are all 0, so nothing would be learned.")
+        if not temperature > 0: raise ValueError(f"temperature is {temperature}; it must be above 0.")
+        self.likelihood, self.soft, self.regret, self.temperature = likelihood, soft, regret, temperature
+
+    def forward(self, model, x, target, qindex, regrets):
+        logits = model(x, qindex)
+        total = self.likelihood * self.loss(logits, target, *x.shape[2:]) if self.likelihood else 0
+        return total + self.cost(logits, regrets, *x.shape[2:]), logits
+
+    def cost(
+        self,
+        logits,  # [B, cells, 13 or 10]
+        regrets,  # float [B, cells, 10]
+        height,  # of the crops in pixels
+        width,
+    ):
+        "The two terms that need costs; a scalar. Raises ValueError where costs and logits do not belong together."
+        if regrets.shape != (*logits.shape[:2], len(PartitionType)): raise ValueError(f"{tuple(regrets.shape)} regrets do not fit {tuple(logits.shape[:2])} nodes.")
+        total = logits.new_zeros((), dtype=torch.float32)
+        for size, cells in cell_slices(height, width).items():
+            legal = getattr(self, f"legal{size}")
+            values = regrets[:, cells][..., legal]
+            here = values.isfinite().any(2)
+            values = values[here].float()
+            scores = type_log_probabilities(logits[:, cells][here], legal)[:, legal]
+            values = torch.where(values.isnan(), values.new_tensor(torch.inf), values) / self.temperature
+            expected = (scores.exp() * values.nan_to_num(posinf=1 / self.temperature)).sum(1)
+            against = -(torch.softmax(-values, 1) * scores).sum(1)
+            total = total + self.weights[size] * (self.regret * expected + self.soft * against).sum() / max(len(values), 1)
         return total
