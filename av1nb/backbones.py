@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['import_torchvision', 'SqueezeExcitation', 'SpatialAttention', 'QindexEmbedding', 'Backbone', 'one_channel',
            'pretrained_state', 'ResNet18Blocks', 'layer_shapes', 'SeparableBlock', 'ConvStem', 'LightBackbone',
-           'layer_groups', 'Modulation', 'ModulatedConv', 'FoldedConv', 'ModulatedResidual', 'JointBackbone']
+           'layer_groups', 'Modulation', 'ModulatedConv', 'FoldedConv', 'ModulatedResidual', 'soft_log',
+           'JointBackbone']
 
 # %% ../nbs/05_backbones.ipynb #84dda804
 import copy
@@ -431,7 +432,17 @@ class ModulatedResidual(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x, condition):
-        return nn.functional.silu(x + self.dropout(self.second(self.first(x, condition), condition)))
+        branch = self.dropout(self.second(self.first(x, condition), condition))
+        if torch.is_grad_enabled(): return nn.functional.silu(x + branch)
+        return nn.functional.silu(branch.add_(x), inplace=True)  # the same, without two more maps in memory
+
+
+def soft_log(
+    x,  # float, any shape
+):
+    "asinh(x); where no gradient is wanted by square root and logarithm, equal up to 1e-6, because these are vectorised on a CPU and asinh is not."
+    if torch.is_grad_enabled(): return torch.asinh(x)
+    return x.square().add_(1).sqrt_().add_(x.abs()).log_().copysign_(x)
 
 
 class JointBackbone(nn.Module):
@@ -488,10 +499,12 @@ class JointBackbone(nn.Module):
         "The 34 channels [B,34,H/4,W/4] that the first layer sees."
         cells = nn.functional.pixel_unshuffle(x, 4)
         mean = cells.mean(1, keepdim=True)
-        relief = mean - nn.functional.avg_pool2d(mean, 9, 1, 4, count_include_pad=False)
+        down = nn.functional.avg_pool2d(mean, (9, 1), 1, (4, 0), count_include_pad=False)
+        relief = mean - nn.functional.avg_pool2d(down, (1, 9), 1, (0, 4), count_include_pad=False)  # a window of 9×9, columns first, then rows
         values = torch.cat([cells - mean, relief], 1)
         gains = torch.exp(self.gain[:, :1] + self.gain[:, 1:] * scaled)[:, :, None, None, None]
-        return torch.cat([torch.asinh(values * gain) for gain in gains], 1).contiguous(memory_format=torch.channels_last)
+        dtype = self.stem.conv.weight.dtype  # of a folded copy perhaps bfloat16: half as much to put in order
+        return torch.cat([soft_log(values * gain).to(dtype) for gain in gains], 1).contiguous(memory_format=torch.channels_last)
 
     def forward(self, x, qindex):
         if x.ndim != 4 or x.shape[1] != 1 or x.shape[2] % 64 or x.shape[3] % 64 or not x.is_floating_point():

@@ -640,25 +640,26 @@ def model_from_checkpoint(
     return model.eval(), load_weights(model, path, split_hash)
 
 # %% ../nbs/06_heads.ipynb #f699eea4
-_PART, _GROUP, _RECT, _AB, _STRIPS = 0, slice(1, 5), slice(5, 7), slice(7, 11), slice(11, 13)
+_QUESTIONS = (1, 4, 2, 4, 2)  # logits: partition or not; SPLIT, RECT, AB or 1TO4; which RECT; which AB; which 1TO4
 
 
 def type_log_probabilities(
     logits,  # float [..., 13] of a hierarchical head, or [..., 10] of a flat one
     legal=None,  # bool [..., 10], broadcast to the logits; None: everything is legal. At least one type must be
+    dim=-1,  # where the logits and the types stand; whole frames are fastest as planes [13, cells] with `dim=0`
 ):
     "Log-probabilities of the ten types, float32 [..., 10]; −inf where illegal. Raises ValueError for another number of logits."
-    logits = logits.float()
-    if logits.shape[-1] == 13:
-        part, whole = functional.logsigmoid(logits[..., _PART, None]), functional.logsigmoid(-logits[..., _PART, None])
-        group, rect, ab, strips = (logits[..., s].log_softmax(-1) for s in (_GROUP, _RECT, _AB, _STRIPS))
-        split, in_rect, in_ab, in_strips = (part + group).split(1, -1)
-        result = torch.cat([whole, in_rect + rect, split, in_ab + ab, in_strips + strips], -1)  # in the order of the bitstream's numbers
-    elif logits.shape[-1] == 10: result = logits.log_softmax(-1)
-    else: raise ValueError(f"a node has 13 logits (hierarchical) or 10 (flat), not {logits.shape[-1]}")
+    logits, count = logits.float(), logits.shape[dim]
+    if count == 13:
+        part, *which = logits.split(_QUESTIONS, dim)
+        group, rect, ab, strips = (question.log_softmax(dim) for question in which)
+        split, in_rect, in_ab, in_strips = (functional.logsigmoid(part) + group).split(1, dim)
+        result = torch.cat([functional.logsigmoid(-part), in_rect + rect, split, in_ab + ab, in_strips + strips], dim)  # in the order of the bitstream's numbers
+    elif count == 10: result = logits.log_softmax(dim)
+    else: raise ValueError(f"a node has 13 logits (hierarchical) or 10 (flat), not {count}")
     if legal is None: return result
     result = result.masked_fill(~legal, -torch.inf)
-    return result - result.logsumexp(-1, keepdim=True)
+    return result - result.logsumexp(dim, keepdim=True)
 
 
 class JointHead(nn.Module):
