@@ -290,7 +290,7 @@ def encode(
     frames: Annotated[int, typer.Option(min=0, help="so many frames from the beginning, 0: all")] = 0,
     width: Annotated[Optional[int], typer.Option(help="width of a .yuv video in pixels")] = None,
     height: Annotated[Optional[int], typer.Option(help="height of a .yuv video in pixels")] = None,
-    weights: Annotated[Optional[Path], typer.Option(help="checkpoint of a joint network; the shipped one if not given")] = None,
+    weights: Annotated[Optional[Path], typer.Option(help="checkpoint of a joint network; the shipped one, trained on regret, if not given")] = None,
     policies: Annotated[Optional[Path], typer.Option(help="tuned policies; the shipped ones if not given")] = None,
     compare: Annotated[bool, typer.Option(help="encode without help, too, and say what was saved")] = True,
     all_quantisers: Annotated[bool, typer.Option("--all-quantisers", help="measure the BD-rate of this video over cq levels 20, 32, 43, 55 (eight encodes)")] = False,
@@ -301,7 +301,7 @@ def encode(
     policy, share, loss = encoder.policy_for(budget, speed, policies)
     library = encoder.load_encoder()
     planes = encoder.read_planes(video, frames, width, height)
-    predictor = joint.JointPredictor.load(weights)
+    predictor = joint.JointPredictor.load(weights or encoder.shipped_weights())
     lumas = [luma for luma, _, _ in planes]
     typer.echo(f"{len(planes)} frame{'s' * (len(planes) != 1)} of {lumas[0].shape[1]}×{lumas[0].shape[0]}; policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation pictures")
 

@@ -6,8 +6,8 @@
 __all__ = ['HOOK_VERSION', 'OVERRIDE', 'TYPES', 'QINDEX_OF_CQ', 'encoder_cache', 'find_encoder', 'load_encoder', 'possible_types',
            'MaskTable', 'MaskPolicy', 'masks_from_probabilities', 'SearchLog', 'regret', 'near_ties', 'MaskedResult',
            'encode_masked', 'search_costs', 'qindex_of', 'record_costs', 'read_costs', 'regret_report', 'same_labels',
-           'label_stability', 'bd_rate', 'local_rate', 'tune_policy', 'shipped_policies', 'save_policies', 'policy_for',
-           'predict_masks', 'read_planes']
+           'label_stability', 'bd_rate', 'local_rate', 'tune_policy', 'shipped_policies', 'shipped_weights',
+           'save_policies', 'policy_for', 'predict_masks', 'read_planes']
 
 # %% ../nbs/17_encoder.ipynb #a4ada471
 import ast
@@ -665,6 +665,11 @@ def tune_policy(
 def shipped_policies() -> Path:
     "The tuned policies that come with the package."
     return Path(str(files("av1nb"))) / "data/encoder/policies.json"
+
+
+def shipped_weights() -> Path:
+    "The regret-trained network that comes with the package, which the policies were tuned with."
+    return Path(str(files("av1nb"))) / "data/encoder/regret.pt"
 
 
 def save_policies(
