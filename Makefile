@@ -27,7 +27,7 @@ demo: $(STAMP) ## train and evaluate every stage on the shipped sample (about te
 
 test: $(STAMP) ## every notebook's assertions, then the tests of whole runs
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 bench: $(STAMP) ## run the benchmark notebooks and collect their ratios in one file
 	$(BIN)/av1nb bench --run-dir runs/bench

@@ -652,7 +652,7 @@ def tune_policy(
     if len({tuple(sorted(policies[n].tau)) for n in counts.index}) > 1: raise ValueError("Policies that mask different block sizes cannot be combined.")
     rows = []
     for price in np.geomspace(1e-3, 30, 200) if prices is None else prices:
-        best = (table["time"] + price * table["loss"].clip(lower=0)).groupby("qindex").idxmin()
+        best = (table["time"] + price * table["loss"]).groupby("qindex").idxmin()
         chosen = {qindex: number for qindex, number in best}
         rows.append(dict(time=float(table.loc[list(best), "time"].mean()), loss=float(table.loc[list(best), "loss"].mean()), chosen=tuple(sorted(chosen.items()))))
     found = pd.DataFrame(rows).drop_duplicates("chosen").sort_values("time", ascending=False)
