@@ -453,7 +453,7 @@ def search_thresholds(
     block_set,  # validation `BlockSet`
     objective="accuracy",  # "stage_macro_f1": macro-F1 of the stage; "accuracy", "macro_f1": of the ten final types
     stage=None,  # a two-class stage with one model; None: the first stage
-    thresholds=None,  # increasing thresholds in (0,1); None: 0.01, 0.02, …, 0.99
+    thresholds=None,  # increasing thresholds in (0,1); None: 0.01, 0.02, …, 0.99, and where fewer than 20 of these tell blocks apart also the percentiles of the probabilities
     outputs=None,  # `pipeline.stage_outputs` of the same blocks, to save computing them again
     batch_size=512,  # blocks at a time
 ):
@@ -476,12 +476,14 @@ def search_thresholds(
     if grid.ndim != 1 or not len(grid) or grid[0] <= 0 or grid[-1] >= 1 or (np.diff(grid) <= 0).any():
         raise ValueError("thresholds must be increasing numbers between 0 and 1")
     outputs = outputs or pipeline.stage_outputs(block_set.samples, block_set.qps, batch_size)
+    scores = np.asarray(outputs[stage].probabilities[:, 1], np.float64)
+    if thresholds is None and len(np.unique(np.searchsorted(grid, scores, side="right"))) < 20:  # a high temperature crowds them together
+        between = np.percentile(scores, np.arange(1, 100))
+        grid = np.union1d(grid, between[(between > 0) & (between < 1)])
     true = block_set.types.cpu().numpy()
     classes = {name: output.classes for name, output in outputs.items()}
     fates = [hierarchy.final({**classes, stage: np.full(len(true), fate)}) for fate in (0, 1)]
-    passed = np.searchsorted(
-        grid, np.asarray(outputs[stage].probabilities[:, 1], np.float64), side="right"
-    )  # how many thresholds the block reaches
+    passed = np.searchsorted(grid, scores, side="right")  # how many thresholds the block reaches
 
     def confusions(truth, fate0, fate1, size):
         "Confusion matrices [thresholds, size, size]: class-1 fates of the blocks that reach the threshold, class-0 fates of the others."
