@@ -27,9 +27,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from .partitions import mi_arrays
-from .sample import (LEAST_FACTOR, Picture, SampleError, _markdown_table, _replace_folder, load_sample, node_counts, planes_from_rgb, planes_from_ycbcr,
+from .sample import (LEAST_FACTOR, Picture, SampleError, load_sample, markdown_table, node_counts, planes_from_rgb, planes_from_ycbcr,
                      read_manifest, resize_plane, sha256, write_sample)
-from .streams import CQ_FOR_QINDEX, encode, load_libaom, make_folder, read_trees, write_bytes
+from .streams import CQ_FOR_QINDEX, encode, load_libaom, make_folder, read_trees, replace_folder, write_bytes
 
 # %% ../nbs/13_corpus.ipynb #99ea9196
 VIDEO_SUFFIXES = frozenset(".avi .flv .ivf .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .obu .ogv .ts .webm .wmv .y4m".split())
@@ -306,7 +306,7 @@ def _write_picture(picture, encoder, out):
         folder = write_sample([picture], encoder, Path(temporary) / picture.name)
         (folder / "CARD.md").unlink()  # it speaks of the sample; a corpus has a card of its own
         (out / "pictures").mkdir(exist_ok=True)
-        _replace_folder(folder, out / "pictures" / picture.name)
+        replace_folder(folder, out / "pictures" / picture.name)
 
 
 def _manifests(folder):
@@ -507,8 +507,8 @@ def corpus_card(
         f"sources of 10 bits or more may be as they were. Options: {', '.join(f'{k} {v}' for k, v in options.items())}. "
         f"Encoder: libaom {options['libaom']}, {', '.join(f'{k} {v}' for k, v in _SETTINGS.items())}, cpu-used {options['cpu_used']}, cq-level {cq}. "
         "The labels are the coded tree, read back from the stream by the decoder: node sizes 64 to 8, intra frames.",
-        "## Licences", _markdown_table(licences),
-        "## 16×16 nodes by quantiser and type", _markdown_table(by_qindex.reset_index(names="qindex")),
-        "## Sources", _markdown_table(pd.DataFrame(carried)),
-        "## Skipped", _markdown_table(skipped) if len(skipped) else "Nothing.",
-        "## Hashes (SHA-256)", _markdown_table(pd.DataFrame(hashes))]) + "\n"
+        "## Licences", markdown_table(licences),
+        "## 16×16 nodes by quantiser and type", markdown_table(by_qindex.reset_index(names="qindex")),
+        "## Sources", markdown_table(pd.DataFrame(carried)),
+        "## Skipped", markdown_table(skipped) if len(skipped) else "Nothing.",
+        "## Hashes (SHA-256)", markdown_table(pd.DataFrame(hashes))]) + "\n"

@@ -24,7 +24,7 @@ from .heads import CheckpointError, Ensemble, checkpoint_prefix, combine_votes, 
 from .metrics import baselines, bootstrap_interval, classification_report, confusion_statistic
 from .partitions import PartitionType
 from .streams import atomic_file
-from .training import pick_device
+from .training import has_bf16, pick_device
 
 # %% ../nbs/10_pipeline.ipynb #0a610086
 @dataclass
@@ -204,7 +204,7 @@ class Pipeline:
         self.thresholds, self.symmetries = dict(thresholds or {}), symmetries
         self.split_hash, self.side, self.files = split_hash, side, [str(path) for path in files]
         self.device = pick_device(device)
-        if bf16 and not (torch.cuda.is_bf16_supported() if self.device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        if bf16 and not has_bf16(self.device):
             raise ValueError(f"bf16=True, but this {self.device.type} cannot compute in bfloat16: use bf16=False")
         self.bf16, self.models, self.fallback = bf16, {}, {}
         if unknown := sorted(set(models) - set(hierarchy.stage_names)):

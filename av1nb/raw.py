@@ -37,7 +37,7 @@ from openpyxl.writer.excel import ExcelWriter
 from tqdm import tqdm
 
 from .partitions import MI, SIZES, SQUARE_CODE, PartitionType, is_inside, legal_types, mi_shape
-from .streams import CQ_FOR_QINDEX, DISK_FULL, _compiled, atomic_file, disk_full, encode, make_folder, read_trees, remove_empty
+from .streams import CQ_FOR_QINDEX, DISK_FULL, atomic_file, compiled, disk_full, encode, make_folder, read_trees, remove_empty
 
 # %% ../nbs/02_raw.ipynb #b2a22ce2
 NODE_COLUMNS = ("frame", "order_hint", "frame_type", "size", "row", "col", "type", "qindex")
@@ -599,7 +599,7 @@ def _copy_line(typingctx, target, source, pixels, streaming):
 @lru_cache
 def _cutter(side, streaming):
     "Compiled copy of blocks of `side`×`side` samples out of a frame at `address`, with `stride` bytes from line to line; False, and no copy, if a position is not allowed."
-    @_compiled
+    @compiled
     def cut(address, stride, rows, cols, last_row, last_col, grid, blocks):
         for i in range(len(rows)):
             row, col = rows[i], cols[i]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_FACTOR', 'resize_plane', 'planes_from_rgb', 'planes_from_ycbcr', 'Picture', 'SampleError', 'sample_folder',
-           'sha256', 'write_sample', 'read_manifest', 'load_sample', 'node_counts', 'sample_card', 'verify_sample',
-           'write_sample_raw']
+           'sha256', 'write_sample', 'read_manifest', 'load_sample', 'node_counts', 'markdown_table', 'sample_card',
+           'verify_sample', 'write_sample_raw']
 
 # %% ../nbs/12_sample.ipynb #8d9dafc4
 import hashlib
@@ -28,6 +28,7 @@ from PIL import Image
 
 from .partitions import PartitionType, is_inside, mi_arrays
 from .raw import Recording, read_partition_logs, write_partition_log, write_recording
+from .streams import replace_folder
 
 # %% ../nbs/12_sample.ipynb #f8091e5e
 LEAST_FACTOR = 1.5  # below this a sample of the result is hardly an average
@@ -147,17 +148,6 @@ def _pack_logs(pictures):
     return lzma.compress(packed.getvalue(), preset=9 | lzma.PRESET_EXTREME)
 
 
-def _replace_folder(new, folder):
-    "Put a finished folder in the place of another; if that fails, the other one stays."
-    old = new.with_name(new.name + "-old")
-    if folder.exists(): os.replace(folder, old)
-    try: os.replace(new, folder)
-    except OSError:
-        if old.exists(): os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def write_sample(
     pictures: Sequence[Picture],  # what to ship; names must differ
     encoder: Mapping,  # library, version and options that all streams share; kept in the manifest
@@ -194,7 +184,7 @@ def write_sample(
         (partial / "luma").mkdir()
         for path, data in contents.items(): (partial / path).write_bytes(data)
         (partial / "CARD.md").write_text(sample_card(partial), encoding="utf-8")
-        _replace_folder(partial, folder)
+        replace_folder(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -273,7 +263,10 @@ def node_counts(
         pd.MultiIndex.from_tuples(counts, names=["sequence", "qindex"]))
 
 
-def _markdown_table(table):
+def markdown_table(
+    table: pd.DataFrame,  # its index is left out
+) -> str:
+    "A table in Markdown; a bar within a cell becomes a slash."
     rows = [list(map(str, table.columns)), ["---"] * len(table.columns)] + [[str(v) for v in row] for row in table.itertuples(index=False)]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
 
@@ -297,7 +290,7 @@ def _card(manifest, pictures):
         "all frames and all quantisers of one sequence belong to the same part.",
         "## Where the pictures come from",
         "Every picture was taken from a Python package that carries it, and made smaller. The licences below are those of the pictures; they permit use, change and redistribution with the credit given here.",
-        _markdown_table(sources),
+        markdown_table(sources),
         "## How the planes were made",
         "Lanczos reduction in floating point by the factor named above, ITU-R BT.709 luma and 4:2:0 chroma, narrow range, rounded once to 10 bits. Grey pictures have neutral chroma. "
         "Film frames keep their own luma and chroma. Luma ships; chroma is made again when the sample is rebuilt.",
@@ -306,9 +299,9 @@ def _card(manifest, pictures):
         f"The cq-levels are {', '.join(f'{cq} (qindex {q})' for q, cq in encoder['cq_levels'].items())}. "
         "The labels are the coded tree, read back from the stream by the decoder: node sizes 64 to 8, intra frames. Edge nodes are in the logs and are not counted below.",
         f"It is rebuilt by `{encoder['rebuild']}`; with the same libaom the result is the same, bit for bit.",
-        "## 16×16 nodes by quantiser and type", _markdown_table(by_qindex.reset_index(names="qindex")),
-        "## 16×16 nodes by sequence", _markdown_table(qindexes.join(by_sequence).reset_index()),
-        "## Hashes", _markdown_table(hashes),
+        "## 16×16 nodes by quantiser and type", markdown_table(by_qindex.reset_index(names="qindex")),
+        "## 16×16 nodes by sequence", markdown_table(qindexes.join(by_sequence).reset_index()),
+        "## Hashes", markdown_table(hashes),
         *(f"## Notice for {', '.join(names)}\n\n{text}" for text, names in notices.items())]) + "\n"
 
 

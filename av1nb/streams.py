@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DISK_FULL', 'SEQUENCE_HEADER', 'TEMPORAL_DELIMITER', 'FRAME_HEADER', 'TILE_GROUP', 'METADATA', 'FRAME',
            'REDUNDANT_FRAME_HEADER', 'TILE_LIST', 'PADDING', 'MAX_PIXELS', 'CQ_FOR_QINDEX', 'LibaomError',
-           'StreamError', 'disk_full', 'make_folder', 'remove_empty', 'atomic_file', 'write_bytes', 'Bits',
-           'read_leb128', 'leb128', 'Obu', 'split_obus', 'SequenceHeader', 'FrameUnit', 'split_frames',
-           'temporal_units', 'find_libaom', 'Libaom', 'Frame', 'Trees', 'describe_frames', 'check_libaom',
+           'StreamError', 'disk_full', 'make_folder', 'remove_empty', 'atomic_file', 'write_bytes', 'replace_folder',
+           'Bits', 'read_leb128', 'leb128', 'Obu', 'split_obus', 'SequenceHeader', 'FrameUnit', 'split_frames',
+           'temporal_units', 'find_libaom', 'Libaom', 'compiled', 'Frame', 'Trees', 'describe_frames', 'check_libaom',
            'load_libaom', 'read_trees', 'synthetic_picture', 'EncodeResult', 'encode']
 
 # %% ../nbs/01_streams.ipynb #76f12fdd
@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import struct
 import sys
 import uuid
@@ -105,6 +106,20 @@ def write_bytes(
     "Write a whole file with `atomic_file`."
     with atomic_file(path) as temporary: temporary.write_bytes(data)
     return Path(path)
+
+
+def replace_folder(
+    new: Path,  # finished, beside the other one
+    folder: Path,  # where it shall be
+) -> None:
+    "Put a finished folder in the place of another; if that fails, the other one stays."
+    old = new.with_name(new.name + "-old")
+    if folder.exists(): os.replace(folder, old)
+    try: os.replace(new, folder)
+    except OSError:
+        if old.exists(): os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/01_streams.ipynb #11044e4e
 class Bits:
@@ -567,13 +582,15 @@ def _control_mi(typingctx, function, context, control, row, column, target):
     return numba.int32(numba.int64, numba.int64, numba.int32, numba.int32, numba.int32, numba.int64), codegen
 
 
-def _compiled(function):
+def compiled(
+    function,  # of numbers and arrays, as numba takes them
+):
     "The function compiled by numba, once for all processes where there is a folder for the result, else once in each."
     try: return numba.njit(cache=True)(function)
     except RuntimeError: return numba.njit(function)  # numba's word for "neither the package nor the user's cache folder can be written"
 
 
-@_compiled
+@compiled
 def _walk_leaves(function, context, control, record, address, block_height, block_width, block_size, partition, qindex):
     "Fill the three mi arrays from one query per block. Returns (0, blocks, 0), or (what is wrong, row, column)."
     rows, columns = block_size.shape
