@@ -42,7 +42,7 @@ lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
 readme: $(STAMP) ## write README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True nbs/index.ipynb | sed 's#](images/#](nbs/images/#g' > README.md.part
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True nbs/index.ipynb | sed -E 's#\]\((images/|[a-z0-9_/]+\.ipynb)#](nbs/\1#g' > README.md.part
 	mv README.md.part README.md
 
 pages: $(STAMP) ## store the outputs of a run ($(RUN)) in the stage notebooks, for the site
