@@ -18,6 +18,7 @@ $(STAMP): requirements.lock settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	mkdir -p runs  # papermill writes its notebooks there, and makes no folder
 	touch $@
 
 install: $(STAMP) ## install the locked packages and av1nb into .venv

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['import_torchvision', 'SqueezeExcitation', 'SpatialAttention', 'QindexEmbedding', 'Backbone', 'one_channel',
-           'pretrained_state', 'ResNet18Blocks', 'layer_shapes', 'SeparableBlock', 'ConvStem', 'LightBackbone',
-           'layer_groups', 'Modulation', 'ModulatedConv', 'FoldedConv', 'ModulatedResidual', 'soft_log',
-           'JointBackbone']
+           'pretrained_state', 'OnePlaceConv', 'one_place', 'ResNet18Blocks', 'layer_shapes', 'SeparableBlock',
+           'ConvStem', 'LightBackbone', 'layer_groups', 'Modulation', 'ModulatedConv', 'FoldedConv',
+           'ModulatedResidual', 'soft_log', 'JointBackbone']
 
 # %% ../nbs/05_backbones.ipynb #84dda804
 import copy
@@ -190,6 +190,26 @@ def pretrained_state(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
+# %% ../nbs/05_backbones.ipynb #c41b52d1
+class OnePlaceConv(nn.Conv2d):
+    "A convolution without groups and dilation that leaves out the taps that see only padding where its output is one place: equal to `nn.Conv2d` up to rounding, under the same names."
+
+    def forward(self, x):
+        (k, _), (p, _), (s, _) = self.kernel_size, self.padding, self.stride
+        if any((n + 2 * p - k) // s for n in x.shape[2:]): return super().forward(x)
+        seen = x[:, :, :k - p, :k - p]
+        taps = self.weight[:, :, p:p + seen.shape[2], p:p + seen.shape[3]]
+        return nn.functional.linear(seen.flatten(1), taps.flatten(1), self.bias)[:, :, None, None]
+
+
+def one_place(
+    module,  # with convolutions that are square, without groups and dilation
+):
+    "Turn the convolutions of a module into `OnePlaceConv`, in place; the module."
+    for part in module.modules():
+        if type(part) is nn.Conv2d: part.__class__ = OnePlaceConv
+    return module
+
 # %% ../nbs/05_backbones.ipynb #744696ad
 class ResNet18Blocks(Backbone):
     """The v6 backbone: blocks [B,1,H,W] in [0,1] → features [B,512] (528 with qindex). He, Zhang, Ren, Sun 2016, Deep Residual Learning
@@ -212,7 +232,7 @@ class ResNet18Blocks(Backbone):
             self.conv1.weight, mode="fan_out", nonlinearity="relu"
         )  # as torchvision does for the layer that this one replaces
         self.bn1, self.relu, self.maxpool = body.bn1, body.relu, body.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, body.layer3, body.layer4
+        self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, one_place(body.layer3), one_place(body.layer4)
         if pretrained is not None:
             self.load_body(pretrained_state(pretrained), pretrained)
         self.se1, self.se2, self.se3, self.se4 = (SqueezeExcitation(channels) for channels in (64, 128, 256, 512))
@@ -457,8 +477,8 @@ class JointBackbone(nn.Module):
 
     def __init__(
         self,
-        widths=(48, 96, 128, 128),  # channels at 1/4, 1/8, 1/16, and at 1/32 and 1/64 of the resolution
-        depths=(1, 2, 2, 2),  # residual blocks there
+        widths=(24, 64, 112, 128),  # channels at 1/4, 1/8, 1/16, and at 1/32 and 1/64 of the resolution
+        depths=(0, 2, 1, 2),  # residual blocks there
         condition=32,  # length of the condition made of the qindex
         dropout=0.1,  # of the channels of each residual branch
         qindex=True,  # False: the qindex is taken but ignored, for comparison

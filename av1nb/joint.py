@@ -85,7 +85,7 @@ def train_joint(
 
 # %% ../nbs/15_joint.ipynb #e0ce89c3
 STAGE = dict(epochs=30, batch_size=16, side=128, lr=2e-3, weight_decay=0.02, dropout=0.1, level_weights=[1.0, 1.0, 1.0, 1.0], symmetries=True, qindex=True, context=True, flat=False,
-             name="joint", device="auto", seed=42, resume=True)  # parameters of the stage 010_joint
+             widths=[24, 64, 112, 128], depths=[0, 2, 1, 2], name="joint", device="auto", seed=42, resume=True)  # parameters of the stage 010_joint
 
 
 def train_run(
@@ -100,7 +100,7 @@ def train_run(
     pictures = split_pictures([p for p in recorded_pictures(run_dir / "raw") if p.name in blocks.assignment], blocks.assignment)
     config = joint_config(own["device"], lr_head=own["lr"], lr_backbone=own["lr"], **{key: own[key] for key in ("epochs", "batch_size", "weight_decay", "seed", "resume")})
     return train_joint(*(FrameSet(pictures[split], own["side"]) for split in ("train", "val")), run_dir / "models", {"split_hash": blocks.split_hash, "level_weights": own["level_weights"]},
-                       config, own["name"], own["symmetries"], TreeLikelihood(own["level_weights"]), progress, **{key: own[key] for key in ("flat", "qindex", "context", "dropout")})
+                       config, own["name"], own["symmetries"], TreeLikelihood(own["level_weights"]), progress, **{key: own[key] for key in ("flat", "qindex", "context", "dropout", "widths", "depths")})
 
 # %% ../nbs/15_joint.ipynb #d99315ad
 def shipped_weights() -> Path:
