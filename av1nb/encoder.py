@@ -518,21 +518,22 @@ def record_costs(
     planes: Iterable,  # the pictures of one sequence, see `encode`
     folder: str | os.PathLike,  # of the logs of this sequence
     qindexes: Sequence[int] = (80, 128, 172, 220),  # quantisers
+    exhaustive: bool = True,  # False: only what the preset's own search tries; quick, with gaps
     **settings,  # mode, cpu_used, bit_depth, options, encoder: see `encode_masked`
 ) -> list[Path]:  # one log a quantiser
-    "Search for all costs of a sequence at several quantisers, see `search_costs`. Raises `ValueError` for a log that is there and was made with other settings."
+    "Search for all costs of a sequence at several quantisers, see `search_costs`; or keep what the preset's own search finds. Raises `ValueError` for a log that is there and was made with other settings."
     pictures, paths = list(planes), []
     for qindex in qindexes:
         if qindex not in QINDEX_OF_CQ: raise ValueError(f"No constant quality level has the qindex {qindex}; there are {', '.join(map(str, QINDEX_OF_CQ))}.")
         path = Path(folder) / f"q{qindex:03d}.npz"
         paths.append(path)
-        wanted = dict(cq_level=QINDEX_OF_CQ.index(qindex), mode=settings.get("mode", "allintra"), cpu_used=settings.get("cpu_used", 1))
+        wanted = dict(cq_level=QINDEX_OF_CQ.index(qindex), mode=settings.get("mode", "allintra"), cpu_used=settings.get("cpu_used", 1), exhaustive=exhaustive)
         if path.is_file():
             found = SearchLog.load(path).settings
             if differing := [name for name, value in wanted.items() if found.get(name) != value]:
                 raise ValueError(f"{path} was recorded with {', '.join(f'{n} {found.get(n)}' for n in differing)}, not {', '.join(f'{n} {wanted[n]}' for n in differing)}: delete it, or choose another folder.")
             continue
-        log = search_costs(pictures, cq_level=wanted["cq_level"], **settings)
+        log = search_costs(pictures, cq_level=wanted["cq_level"], **settings) if exhaustive else encode_masked(pictures, log=True, cq_level=wanted["cq_level"], **settings).log
         path.parent.mkdir(parents=True, exist_ok=True)
         log.save(path)
     return paths
