@@ -25,11 +25,18 @@ def check_number(
     high: float = math.inf,  # largest allowed value; infinity itself is never allowed
     whole: bool = False,  # whether it has to be a whole number
 ) -> float | int:  # the same number, an int if it has to be whole
-    "Return `value` as a number; raise `ValueError` if it is no finite (whole) number from `low` to `high`."
+    """Return `value` as a number; raise `ValueError` if it is no finite (whole) number from `low`
+    to `high`.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{name} must be a number, but a {type(value).__name__} was given; pass a number from {low:g} to {high:g}.")
+        raise ValueError(
+            f"{name} must be a number, but a {type(value).__name__} was given; pass a number from"
+            f" {low:g} to {high:g}."
+        )
     if not (low <= value <= high and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, but {value:g} was given.")
+        raise ValueError(
+            f"{name} must be a finite number from {low:g} to {high:g}, but {value:g} was given."
+        )
     if whole and value != int(value):
         raise ValueError(f"{name} must be a whole number, but {value:g} was given.")
     return int(value) if whole else float(value)
@@ -40,11 +47,19 @@ def check_blocks(
     name: str,  # who asks, for the message
     floating: bool = True,  # whether the values have to be floating point
 ) -> int:  # the side S in pixels
-    "Return the side of a batch of square one-channel blocks; raise `ValueError` if it is something else."
+    """Return the side of a batch of square one-channel blocks; raise `ValueError` if it is
+    something else.
+    """
     if x.ndim != 4 or x.shape[1] != 1 or x.shape[2] != x.shape[3]:
-        raise ValueError(f"{name} needs square luma blocks of shape [B, 1, S, S], but the batch has shape {list(x.shape)}.")
+        raise ValueError(
+            f"{name} needs square luma blocks of shape [B, 1, S, S], but the batch has shape"
+            f" {list(x.shape)}."
+        )
     if floating and not x.dtype.is_floating_point:
-        raise ValueError(f"{name} needs float blocks in [0, 1], but the batch is {x.dtype}; convert it with datasets.to_float first.")
+        raise ValueError(
+            f"{name} needs float blocks in [0, 1], but the batch is {x.dtype}; convert it with"
+            " datasets.to_float first."
+        )
     return x.shape[-1]
 
 # %% ../nbs/04_augment.ipynb #3c379322
@@ -80,7 +95,10 @@ class MixedLabels:
     def __post_init__(self):
         if not self.y_a.shape == self.y_b.shape == self.lam.shape or self.y_a.ndim != 1:
             shapes = [list(each.shape) for each in (self.y_a, self.y_b, self.lam)]
-            raise ValueError(f"MixedLabels needs two labels and one weight a sample, but their shapes are {shapes}.")
+            raise ValueError(
+                "MixedLabels needs two labels and one weight a sample, but their shapes are"
+                f" {shapes}."
+            )
 
     def __len__(self) -> int:
         return len(self.y_a)
@@ -91,7 +109,9 @@ class MixedLabels:
         non_blocking: bool = False,  # as for a tensor
     ) -> "MixedLabels":  # the same on that device
         "Move all three tensors to a device."
-        return MixedLabels(*(each.to(device, non_blocking=non_blocking) for each in (self.y_a, self.y_b, self.lam)))
+        return MixedLabels(
+            *(each.to(device, non_blocking=non_blocking) for each in (self.y_a, self.y_b, self.lam))
+        )
 
     def dominant(self) -> torch.Tensor:  # int64 [B]
         "The class with the larger weight: what a training-time score can compare with."
@@ -104,7 +124,10 @@ def check_unmixed(
 ) -> None:
     "Raise `ValueError` if the labels have been mixed already."
     if isinstance(y, MixedLabels):
-        raise ValueError(f"{name} needs plain labels, but the batch has been mixed already; mix once, by MixUp or CutMix, and put it last.")
+        raise ValueError(
+            f"{name} needs plain labels, but the batch has been mixed already; mix once, by MixUp"
+            " or CutMix, and put it last."
+        )
 
 # %% ../nbs/04_augment.ipynb #9a5be36a
 def stage_label_map(
@@ -112,7 +135,10 @@ def stage_label_map(
     stage: str,  # name of the stage, such as "AB"
     symmetry: str,  # one of `partitions.SYMMETRIES`
 ) -> torch.Tensor:  # int64 [n_classes]; new class = map[old class]
-    "How a symmetry of the pixels changes the classes of one stage. Raises `ValueError` if it carries a class onto no class."
+    """How a symmetry of the pixels changes the classes of one stage.
+
+    Raises `ValueError` if it carries a class onto no class.
+    """
     named = hierarchy.stage(stage).classes
     classes = [frozenset(types) for types in named.values()]
     new_type = label_map(symmetry)
@@ -122,33 +148,51 @@ def stage_label_map(
         targets = [index for index, each in enumerate(classes) if image <= each]
         if len(targets) != 1:
             raise ValueError(
-                f"{symmetry} does not act on the classes of stage {stage} of hierarchy {hierarchy.name}: "
-                f"it carries class {name} onto {', '.join(sorted(each.name for each in image))}, "
-                "which lies in no one class; leave this symmetry out."
+                f"{symmetry} does not act on the classes of stage {stage} of hierarchy"
+                f" {hierarchy.name}: it carries class {name} onto"
+                f" {', '.join(sorted(each.name for each in image))}, which lies in no one class;"
+                " leave this symmetry out."
             )
         result += targets
     return torch.tensor(result)
 
 # %% ../nbs/04_augment.ipynb #61746f58
 class Symmetry:
-    "Give every block a random symmetry of the square, and its label the matching class. Accepts float and uint16 blocks."
+    """Give every block a random symmetry of the square, and its label the matching class.
+
+    Accepts float and uint16 blocks.
+    """
 
     def __init__(
         self,
-        hierarchy: Hierarchy | None = None,  # whose classes the labels are; None: the labels are partition types 0-9
+        # whose classes the labels are; None: the labels are partition types 0-9
+        hierarchy: Hierarchy | None = None,
         stage: str | None = None,  # which stage's classes the labels are; needed with a hierarchy
         names: tuple[str, ...] = SYMMETRIES,  # the symmetries to draw from, uniformly
         p: float = 1.0,  # probability of drawing at all, in (0, 1]; other blocks stay as they are
     ):
         unknown = set(names) - set(SYMMETRIES)
         if unknown or not names:
-            raise ValueError(f"names must be some of {', '.join(SYMMETRIES)}, but {', '.join(sorted(unknown)) or 'nothing'} was given.")
+            raise ValueError(
+                f"names must be some of {', '.join(SYMMETRIES)}, but"
+                f" {', '.join(sorted(unknown)) or 'nothing'} was given."
+            )
         if (hierarchy is None) != (stage is None):
-            raise ValueError("Symmetry needs both a hierarchy and a stage, or neither (labels are then partition types).")
+            raise ValueError(
+                "Symmetry needs both a hierarchy and a stage, or neither (labels are then partition"
+                " types)."
+            )
         self.names, self.p = tuple(names), check_number("p", p, 1e-6, 1)
         # one more row, the identity, serves the blocks that draw nothing
         rows = self.names + ("identity",)
-        maps = [torch.as_tensor(label_map(name)) if hierarchy is None else stage_label_map(hierarchy, stage, name) for name in rows]
+        maps = [
+            (
+                torch.as_tensor(label_map(name))
+                if hierarchy is None
+                else stage_label_map(hierarchy, stage, name)
+            )
+            for name in rows
+        ]
         # one more column keeps label -1: as an index it reaches the end of the row before
         self.labels = torch.nn.functional.pad(torch.stack(maps), (0, 1), value=-1)
         self.pixels = {}
@@ -157,7 +201,8 @@ class Symmetry:
         self,
         size: int,  # side of the block in pixels
         device: torch.device | str = "cpu",  # where the table is needed
-    ) -> torch.Tensor:  # int64 [len(names) + 1, size * size]; new pixel i comes from position table[row, i]
+        # int64 [len(names) + 1, size * size]; new pixel i comes from position table[row, i]
+    ) -> torch.Tensor:
         "The permutation of the positions for every symmetry; kept for the next call."
         if (size, device) not in self.pixels:
             grid = torch.arange(size * size).view(size, size)
@@ -172,7 +217,13 @@ class Symmetry:
     ) -> torch.Tensor:  # int64 [B], row of the tables for every block
         "Draw which symmetry each block gets; the last row is the identity of blocks that get none."
         choice = draw_integers(len(self.names), (len(x),), x, generator)
-        return choice if self.p == 1 else choice.masked_fill_(draw_uniform((len(x),), x, generator) >= self.p, len(self.names))
+        return (
+            choice
+            if self.p == 1
+            else choice.masked_fill_(
+                draw_uniform((len(x),), x, generator) >= self.p, len(self.names)
+            )
+        )
 
     def __call__(
         self,
@@ -180,7 +231,10 @@ class Symmetry:
         y: torch.Tensor,  # int64 [B], types or classes, -1 for none
         generator: torch.Generator | None = None,  # source of randomness
     ) -> tuple[torch.Tensor, torch.Tensor]:  # transformed blocks and labels, same shapes and types
-        "Transform blocks and labels. Raises `ValueError` for mixed labels and for a label that the stage does not have."
+        """Transform blocks and labels.
+
+        Raises `ValueError` for mixed labels and for a label that the stage does not have.
+        """
         size = check_blocks(x, "Symmetry", floating=False)
         check_unmixed(y, "Symmetry")
         n_classes = self.labels.shape[1] - 1
@@ -193,13 +247,21 @@ class Symmetry:
         choice = self.draw(x, generator)
         # gather knows no uint16 on the CPU; the same bits as int16 move just as well
         movable = x.view(torch.int16) if x.dtype == torch.uint16 else x
-        moved = torch.gather(movable.flatten(1), 1, self.pixel_table(size, x.device).index_select(0, choice))
-        labels = torch.take(self.labels.to(y.device), torch.add(y, choice.to(y.device), alpha=n_classes + 1))
+        moved = torch.gather(
+            movable.flatten(1), 1, self.pixel_table(size, x.device).index_select(0, choice)
+        )
+        labels = torch.take(
+            self.labels.to(y.device), torch.add(y, choice.to(y.device), alpha=n_classes + 1)
+        )
         return (moved if movable is x else moved.view(x.dtype)).view(x.shape), labels
 
 # %% ../nbs/04_augment.ipynb #2563a0c2
-def normal_points() -> torch.Tensor:  # float64 [65536], each holding the bytes of two float32 numbers
-    "Equally likely points of the two-dimensional normal distribution, one float64 for a pair, so that one look-up fetches both."
+def normal_points(
+    # float64 [65536], each holding the bytes of two float32 numbers
+) -> torch.Tensor:
+    """Equally likely points of the two-dimensional normal distribution, one float64 for a pair, so
+    that one look-up fetches both.
+    """
     first = torch.arange(65536)
     second = sum(((first >> bit) & 1) << (15 - bit) for bit in range(16))
     pairs = torch.special.ndtri((torch.stack([first, second], 1).double() + 0.5) / 65536)
@@ -218,7 +280,9 @@ def draw_normal(
     device = x.device if generator is None else generator.device
     count = math.prod(shape)
     # the lowest bound makes all 64 bits random; without it the sign bit would stay 0
-    bits = torch.empty((count + 7) // 8, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    bits = torch.empty((count + 7) // 8, dtype=torch.int64, device=device).random_(
+        -(2**63), None, generator=generator
+    )
     index = bits.to(x.device).view(torch.uint16).to(torch.int32)
     normal = NORMAL_POINTS.to(x.device).index_select(0, index).view(torch.float32)
     return (normal[:count] if count % 8 else normal).view(shape)
@@ -246,7 +310,8 @@ class GaussianNoise:
             low, high = (float(each) for each in x.aminmax())
             if not (low >= 0 and high <= 1):
                 raise ValueError(
-                    f"GaussianNoise needs blocks in [0, 1], but values run from {low:g} to {high:g}; use datasets.to_float, once."
+                    f"GaussianNoise needs blocks in [0, 1], but values run from {low:g} to"
+                    f" {high:g}; use datasets.to_float, once."
                 )
         noise = draw_normal(x.shape, x, generator).to(x.dtype)
         if self.p < 1:
@@ -257,14 +322,17 @@ class GaussianNoise:
 # %% ../nbs/04_augment.ipynb #c9d9e14b
 def hole_mask(
     start: torch.Tensor,  # integer [B, H, 2], first row and column of each hole; may lie outside
-    extent: torch.Tensor,  # integer [B, H, 2], height and width of each hole in pixels, 0 for no hole
+    # integer [B, H, 2], height and width of each hole in pixels, 0 for no hole
+    extent: torch.Tensor,
     size: int,  # side of the blocks in pixels
     dtype: torch.dtype = torch.float32,  # floating type of the mask
 ) -> torch.Tensor:  # [B, 1, size, size], 1 inside a hole and 0 elsewhere
     "Mark the rectangles of every block; parts outside the block are cut off."
     offset = torch.arange(size, device=start.device) - start[..., None]
-    rows, cols = ((offset >= 0) & (offset < extent[..., None])).to(dtype).unbind(2)  # [B, H, size] each
-    if rows.shape[1] == 1:  # an outer product by broadcasting is much faster than a matrix product of depth 1
+    # [B, H, size] each
+    rows, cols = ((offset >= 0) & (offset < extent[..., None])).to(dtype).unbind(2)
+    # an outer product by broadcasting is much faster than a matrix product of depth 1
+    if rows.shape[1] == 1:
         return rows[..., None] * cols[:, :, None]
     return (rows.transpose(1, 2) @ cols).clamp_(max=1)[:, None]
 
@@ -276,7 +344,9 @@ def fill_holes(
 ) -> torch.Tensor:  # blocks whose masked pixels are filled
     "Fill the masked pixels with the mean of their block or with a constant."
     # lerp is exact where the weight is 0 or 1, and faster than a choice
-    return torch.lerp(x, x.mean((2, 3), keepdim=True) if fill == "mean" else x.new_tensor(fill), mask)
+    return torch.lerp(
+        x, x.mean((2, 3), keepdim=True) if fill == "mean" else x.new_tensor(fill), mask
+    )
 
 # %% ../nbs/04_augment.ipynb #80680d37
 class Cutout:
@@ -297,13 +367,18 @@ class Cutout:
         side: int,  # side of the blocks in pixels
         device: torch.device | str = "cpu",  # where the table is needed
         dtype: torch.dtype = torch.float32,  # floating type of the table
-    ) -> torch.Tensor:  # [side + 1, side]; row c is 1 where a hole centred at c lies, the last row is empty
-        "The part of a row (or column) that the square hides, for each centre; kept for the next call."
+        # [side + 1, side]; row c is 1 where a hole centred at c lies, the last row is empty
+    ) -> torch.Tensor:
+        """The part of a row (or column) that the square hides, for each centre; kept for the next
+        call.
+        """
         key = side, device, dtype
         if key not in self.tables:
             offset = torch.arange(side) - (torch.arange(side) - self.size // 2)[:, None]
             inside = (offset >= 0) & (offset < self.size)
-            self.tables[key] = torch.cat([inside, torch.zeros(1, side, dtype=torch.bool)]).to(device, dtype)
+            self.tables[key] = torch.cat([inside, torch.zeros(1, side, dtype=torch.bool)]).to(
+                device, dtype
+            )
         return self.tables[key]
 
     def __call__(
@@ -312,12 +387,18 @@ class Cutout:
         y,  # labels, returned as they are
         generator: torch.Generator | None = None,  # source of randomness
     ) -> tuple:  # blocks with a hole, labels
-        "Hide a square whose centre is uniform over the block. Raises `ValueError` for blocks that are not float and square."
+        """Hide a square whose centre is uniform over the block.
+
+        Raises `ValueError` for blocks that are not float and square.
+        """
         side, count = check_blocks(x, "Cutout"), len(x)
         centre = draw_integers(side, (2 * count,), x, generator)
         if self.p < 1:
-            centre[:count].masked_fill_(draw_uniform((count,), x, generator) >= self.p, side)  # the empty row
-        rows, cols = self.intervals(side, x.device, x.dtype).index_select(0, centre).view(2, count, 1, side)
+            # the empty row
+            centre[:count].masked_fill_(draw_uniform((count,), x, generator) >= self.p, side)
+        rows, cols = (
+            self.intervals(side, x.device, x.dtype).index_select(0, centre).view(2, count, 1, side)
+        )
         return fill_holes(x, rows[..., None] * cols[:, :, None], self.fill), y
 
 # %% ../nbs/04_augment.ipynb #bec82dae
@@ -345,7 +426,10 @@ class CoarseDropout:
         "Hide the rectangles. Raises `ValueError` if they can be larger than the block."
         side = check_blocks(x, "CoarseDropout")
         if self.high > side:
-            raise ValueError(f"CoarseDropout hides up to {self.high} pixels a side, but the blocks have only {side}; make size smaller.")
+            raise ValueError(
+                f"CoarseDropout hides up to {self.high} pixels a side, but the blocks have only"
+                f" {side}; make size smaller."
+            )
         draw = draw_uniform((len(x), self.holes, 4), x, generator)
         extent = self.low + (draw[..., :2] * (self.high - self.low + 1)).long()
         start = (draw[..., 2:] * (side + 1 - extent)).long()
@@ -359,8 +443,11 @@ def draw_partners(
     alpha: float,  # parameter of Beta(alpha, alpha)
     p: float,  # probability that a sample is mixed
     generator: torch.Generator | None,  # source of randomness
-) -> tuple[torch.Tensor, torch.Tensor]:  # partner of each sample, int64 [B], and weight of the sample itself, float32 [B]
-    "Draw a partner and a weight for every sample; the weight is 1 where the sample is not to be mixed."
+    # partner of each sample, int64 [B], and weight of the sample itself, float32 [B]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a partner and a weight for every sample; the weight is 1 where the sample is not to be
+    mixed.
+    """
     device = x.device if generator is None else generator.device
     partner = torch.randperm(len(x), generator=generator, device=device).to(x.device)
     seed = int(torch.randint(2**62, (), generator=generator, device=device))
@@ -374,7 +461,8 @@ class MixUp:
 
     def __init__(
         self,
-        alpha: float = 0.2,  # parameter of Beta(alpha, alpha); small values mostly leave one block dominant
+        # parameter of Beta(alpha, alpha); small values mostly leave one block dominant
+        alpha: float = 0.2,
         p: float = 1.0,  # probability for each block, 0-1
     ):
         self.alpha, self.p = check_number("alpha", alpha, 1e-3), check_number("p", p, 0, 1)
@@ -390,12 +478,15 @@ class MixUp:
         check_unmixed(y, "MixUp")
         partner, lam = draw_partners(x, self.alpha, self.p, generator)
         # lerp(b, a, 1) gives a exactly, so a sample that draws nothing keeps its pixels
-        return torch.lerp(x[partner], x, lam.to(x.dtype).view(-1, 1, 1, 1)), MixedLabels(y, y[partner], lam)
-
+        return torch.lerp(x[partner], x, lam.to(x.dtype).view(-1, 1, 1, 1)), MixedLabels(
+            y, y[partner], lam
+        )
 
 # %% ../nbs/04_augment.ipynb #8072dc2f
 class CutMix:
-    "Paste a rectangle of another block of the batch (Yun et al., 2019); the weight is the area that stayed."
+    """Paste a rectangle of another block of the batch (Yun et al., 2019); the weight is the area
+    that stayed.
+    """
 
     def __init__(
         self,
@@ -409,7 +500,8 @@ class CutMix:
         x: torch.Tensor,  # float blocks [B, 1, S, S]
         y: torch.Tensor,  # int64 [B], classes
         generator: torch.Generator | None = None,  # source of randomness
-    ) -> tuple[torch.Tensor, MixedLabels]:  # blocks with a pasted rectangle, both labels with the weight
+        # blocks with a pasted rectangle, both labels with the weight
+    ) -> tuple[torch.Tensor, MixedLabels]:
         "Paste rectangles and mix labels. Raises `ValueError` if the labels are mixed already."
         side = check_blocks(x, "CutMix")
         check_unmixed(y, "CutMix")
@@ -430,7 +522,10 @@ class Compose:
     ):
         wrong = [each for each in augmentations if not callable(each)]
         if wrong:
-            raise ValueError(f"Compose takes augmentations one by one, but a {type(wrong[0]).__name__} was given.")
+            raise ValueError(
+                f"Compose takes augmentations one by one, but a {type(wrong[0]).__name__} was"
+                " given."
+            )
         self.augmentations = augmentations
 
     def __call__(
@@ -450,9 +545,13 @@ def tta(
     x: torch.Tensor,  # blocks [B, 1, S, S], as `model_fn` takes them
     hierarchy: Hierarchy,  # whose classes the probabilities are
     stage: str,  # which stage's classes they are
-    symmetries: tuple[str, ...] = SYMMETRIES,  # orientations to average over; one call of `model_fn` each
+    # orientations to average over; one call of `model_fn` each
+    symmetries: tuple[str, ...] = SYMMETRIES,
 ) -> torch.Tensor:  # probabilities [B, n_classes], averaged
-    "Average a classifier over symmetries, with its classes mapped back. Raises `ValueError` if `model_fn` does not return probabilities."
+    """Average a classifier over symmetries, with its classes mapped back.
+
+    Raises `ValueError` if `model_fn` does not return probabilities.
+    """
     if not symmetries:
         raise ValueError("tta needs at least one symmetry; give ('identity',) for none.")
     total = 0
@@ -461,11 +560,14 @@ def tta(
         probabilities = model_fn(apply_symmetry(x, name))
         if probabilities.shape != (len(x), len(mapping)):
             wanted, got = [len(x), len(mapping)], list(probabilities.shape)
-            raise ValueError(f"Stage {stage} needs probabilities of shape {wanted}, but the model returned {got}.")
+            raise ValueError(
+                f"Stage {stage} needs probabilities of shape {wanted}, but the model returned"
+                f" {got}."
+            )
         if not ((probabilities >= 0).all() and ((probabilities.sum(1) - 1).abs() < 1e-3).all()):
             raise ValueError(
-                f"tta averages probabilities, but the rows returned for stage {stage} do not sum to 1; "
-                "apply sigmoid or softmax to the logits."
+                f"tta averages probabilities, but the rows returned for stage {stage} do not sum to"
+                " 1; apply sigmoid or softmax to the logits."
             )
         total = total + probabilities[:, mapping.to(probabilities.device)]
     return total / len(symmetries)

@@ -20,11 +20,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/05_backbones.ipynb #fd174a0b
-_declared_operators = []  # a torch.library.Library takes its declarations with it when it is collected: keep it
+# a torch.library.Library takes its declarations with it when it is collected: keep it
+_declared_operators = []
 
 
 def import_torchvision():
-    "The module `torchvision`; if its compiled operators do not fit this PyTorch, with `nms` and `qnms` declared but not implemented."
+    """The module `torchvision`; if its compiled operators do not fit this PyTorch, with `nms` and
+    `qnms` declared but not implemented.
+    """
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:
@@ -35,14 +38,17 @@ def import_torchvision():
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared_operators.append(library)
-    for name in [name for name in sys.modules if name == "torchvision" or name.startswith("torchvision.")]:
+    for name in [
+        name for name in sys.modules if name == "torchvision" or name.startswith("torchvision.")
+    ]:
         del sys.modules[name]  # the failed import left half of itself behind
     return importlib.import_module("torchvision")
 
 # %% ../nbs/05_backbones.ipynb #9c7fcee1
 class SqueezeExcitation(nn.Module):
-    """Channel attention: `x [B,C,H,W]` times one factor in (0, 1) per block and channel. Hu, Shen, Sun 2018, Squeeze-and-Excitation
-    Networks.
+    """Channel attention: `x [B,C,H,W]` times one factor in (0, 1) per block and channel.
+
+    Hu, Shen, Sun 2018, Squeeze-and-Excitation Networks.
     """
 
     def __init__(
@@ -53,7 +59,10 @@ class SqueezeExcitation(nn.Module):
         super().__init__()
         hidden = max(channels // reduction, 1)
         self.excitation = nn.Sequential(
-            nn.Linear(channels, hidden, bias=False), nn.ReLU(inplace=True), nn.Linear(hidden, channels, bias=False), nn.Sigmoid()
+            nn.Linear(channels, hidden, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, channels, bias=False),
+            nn.Sigmoid(),
         )
 
     def forward(self, x):
@@ -61,14 +70,21 @@ class SqueezeExcitation(nn.Module):
 
 # %% ../nbs/05_backbones.ipynb #4628d547
 class SpatialAttention(nn.Module):
-    "Attention over positions: `x [B,C,H,W]` times one factor in (0, 1) per block and position. Woo, Park, Lee, Kweon 2018, CBAM."
+    """Attention over positions: `x [B,C,H,W]` times one factor in (0, 1) per block and position.
 
-    def __init__(self,
+    Woo, Park, Lee, Kweon 2018, CBAM.
+    """
+
+    def __init__(
+        self,
         kernel=7,  # width of the convolution, odd
     ):
         super().__init__()
         if kernel % 2 == 0:
-            raise ValueError(f"SpatialAttention: kernel is {kernel}, it must be odd so that the map keeps the size of the input")
+            raise ValueError(
+                f"SpatialAttention: kernel is {kernel}, it must be odd so that the map keeps the"
+                " size of the input"
+            )
         self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
 
     def forward(self, x):
@@ -79,7 +95,8 @@ class SpatialAttention(nn.Module):
 class QindexEmbedding(nn.Module):
     "`qindex [B]` (integer or float, 0–255, not scaled) → `[B, dims]`."
 
-    def __init__(self,
+    def __init__(
+        self,
         dims=16,  # length of the vector that is concatenated to the features
     ):
         super().__init__()
@@ -92,7 +109,9 @@ class QindexEmbedding(nn.Module):
 
 # %% ../nbs/05_backbones.ipynb #92275685
 class Backbone(nn.Module):
-    "Base of both backbones: checks the input, pools, and adds the qindex embedding where the backbone has one."
+    """Base of both backbones: checks the input, pools, and adds the qindex embedding where the
+    backbone has one.
+    """
 
     channels = None  # features before the qindex embedding, set by the subclass
 
@@ -103,7 +122,9 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.qindex_embedding = QindexEmbedding() if qindex else None
-        if centre: self.register_buffer("centred", torch.ones(()))  # in the state, so that strict loading tells the two kinds apart
+        # in the state, so that strict loading tells the two kinds apart
+        if centre:
+            self.register_buffer("centred", torch.ones(()))
 
     @property
     def uses_qindex(self):
@@ -123,68 +144,104 @@ class Backbone(nn.Module):
     def forward(
         self,
         x,  # float [B,1,H,W] in [0,1]: blocks that went through `datasets.to_float`
-        qindex=None,  # [B], 0–255: needed when the backbone was built with `qindex=True`, refused otherwise
+        # [B], 0–255: needed when the backbone was built with `qindex=True`, refused otherwise
+        qindex=None,
     ):
-        """→ features [B, feature_dim]. Raises ValueError for anything but float blocks of one channel, and for a qindex that is missing
-        or not wanted.
+        """→ features [B, feature_dim].
+
+        Raises ValueError for anything but float blocks of one channel, and for a qindex that is
+        missing or not wanted.
         """
         name = type(self).__name__
         if x.ndim != 4 or x.shape[1] != 1 or not x.is_floating_point():
             raise ValueError(
-                f"{name} takes float blocks [batch, 1, height, width] from datasets.to_float, but got {x.dtype} {list(x.shape)}"
+                f"{name} takes float blocks [batch, 1, height, width] from datasets.to_float, but"
+                f" got {x.dtype} {list(x.shape)}"
             )
         if self.uses_qindex and (qindex is None or qindex.shape != x.shape[:1]):
             got = "none" if qindex is None else list(qindex.shape)
-            raise ValueError(f"{name} was built with qindex=True and needs one qindex a block [{len(x)}], but got {got}")
+            raise ValueError(
+                f"{name} was built with qindex=True and needs one qindex a block [{len(x)}], but"
+                f" got {got}"
+            )
         if not self.uses_qindex and qindex is not None:
-            raise ValueError(f"{name} was built without a qindex input, but a qindex was given: build it with qindex=True")
-        if self.centres: x = x - x.mean(dim=(2, 3), keepdim=True)
+            raise ValueError(
+                f"{name} was built without a qindex input, but a qindex was given: build it with"
+                " qindex=True"
+            )
+        if self.centres:
+            x = x - x.mean(dim=(2, 3), keepdim=True)
         features = self.maps(x).mean(dim=(2, 3))
-        return torch.cat([features, self.qindex_embedding(qindex)], dim=1) if self.uses_qindex else features
+        return (
+            torch.cat([features, self.qindex_embedding(qindex)], dim=1)
+            if self.uses_qindex
+            else features
+        )
 
 # %% ../nbs/05_backbones.ipynb #2208bafc
 def one_channel(
-    state,  # state dict of a torchvision ResNet-18, or of the body of one: `conv1.weight` is [64,3,7,7] or already [64,1,7,7]
+    # state dict of a torchvision ResNet-18, or of the body of one: `conv1.weight` is [64,3,7,7] or
+    # already [64,1,7,7]
+    state,
 ):
-    """The body of a ResNet-18 state for one-channel input: `conv1` averaged over RGB, the classifier `fc` left out. Raises ValueError if
-    there is no such `conv1`.
+    """The body of a ResNet-18 state for one-channel input: `conv1` averaged over RGB, the
+    classifier `fc` left out.
+
+    Raises ValueError if there is no such `conv1`.
     """
     weight = state.get("conv1.weight")
     shape = None if weight is None else tuple(weight.shape)
     if shape not in ((64, 3, 7, 7), (64, 1, 7, 7)):
         found = "no conv1.weight" if shape is None else f"a conv1.weight of shape {list(shape)}"
-        raise ValueError(f"this is not a ResNet-18 state: it has {found}, expected [64, 3, 7, 7] or [64, 1, 7, 7]")
+        raise ValueError(
+            f"this is not a ResNet-18 state: it has {found}, expected [64, 3, 7, 7] or [64, 1,"
+            " 7, 7]"
+        )
     body = {name: tensor for name, tensor in state.items() if name not in ("fc.weight", "fc.bias")}
     return {**body, "conv1.weight": weight.mean(dim=1, keepdim=True)}
 
 # %% ../nbs/05_backbones.ipynb #9c1dc860
 def pretrained_state(
-    source="imagenet",  # "imagenet": torchvision's IMAGENET1K_V1, downloaded once; else the path of a .pth with a ResNet-18 state dict
+    # "imagenet": torchvision's IMAGENET1K_V1, downloaded once; else the path of a .pth with a
+    # ResNet-18 state dict
+    source="imagenet",
 ):
-    """One-channel body of a trained ResNet-18. Raises RuntimeError if the download fails, FileNotFoundError or ValueError for a file that
-    is not there or not such a state.
+    """One-channel body of a trained ResNet-18.
+
+    Raises RuntimeError if the download fails, FileNotFoundError or ValueError for a file that is
+    not there or not such a state.
     """
     if source == "imagenet":
         url = import_torchvision().models.ResNet18_Weights.IMAGENET1K_V1.url
         try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+            state = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+            )
+        # URLError is an OSError; a wrong hash is a RuntimeError
+        except (OSError, RuntimeError) as error:
             raise RuntimeError(
-                f"the ImageNet weights of ResNet-18 could not be downloaded from {url} ({error}): download the file elsewhere "
-                "and pass its path as `pretrained`, or train without (pretrained=None)"
+                f"the ImageNet weights of ResNet-18 could not be downloaded from {url} ({error}):"
+                " download the file elsewhere and pass its path as `pretrained`, or train without"
+                " (pretrained=None)"
             ) from error
         return one_channel(state)
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"pretrained={str(source)!r} is neither 'imagenet' nor an existing file")
+        raise FileNotFoundError(
+            f"pretrained={str(source)!r} is neither 'imagenet' nor an existing file"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports a damaged file through half a dozen unrelated exception types
+    # torch reports a damaged file through half a dozen unrelated exception types
+    except Exception as error:
         raise ValueError(
-            f"{path} is not a file of tensors that torch.load can read (truncated, or another format): {type(error).__name__}"
+            f"{path} is not a file of tensors that torch.load can read (truncated, or another"
+            f" format): {type(error).__name__}"
         ) from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected the state dict of a ResNet-18")
+        raise ValueError(
+            f"{path} holds a {type(state).__name__}, expected the state dict of a ResNet-18"
+        )
     try:
         return one_channel(state)
     except ValueError as error:
@@ -192,13 +249,16 @@ def pretrained_state(
 
 # %% ../nbs/05_backbones.ipynb #c41b52d1
 class OnePlaceConv(nn.Conv2d):
-    "A convolution without groups and dilation that leaves out the taps that see only padding where its output is one place: equal to `nn.Conv2d` up to rounding, under the same names."
+    """A convolution without groups and dilation that leaves out the taps that see only padding
+    where its output is one place: equal to `nn.Conv2d` up to rounding, under the same names.
+    """
 
     def forward(self, x):
         (k, _), (p, _), (s, _) = self.kernel_size, self.padding, self.stride
-        if any((n + 2 * p - k) // s for n in x.shape[2:]): return super().forward(x)
-        seen = x[:, :, :k - p, :k - p]
-        taps = self.weight[:, :, p:p + seen.shape[2], p:p + seen.shape[3]]
+        if any((n + 2 * p - k) // s for n in x.shape[2:]):
+            return super().forward(x)
+        seen = x[:, :, : k - p, : k - p]
+        taps = self.weight[:, :, p : p + seen.shape[2], p : p + seen.shape[3]]
         return nn.functional.linear(seen.flatten(1), taps.flatten(1), self.bias)[:, :, None, None]
 
 
@@ -207,13 +267,16 @@ def one_place(
 ):
     "Turn the convolutions of a module into `OnePlaceConv`, in place; the module."
     for part in module.modules():
-        if type(part) is nn.Conv2d: part.__class__ = OnePlaceConv
+        if type(part) is nn.Conv2d:
+            part.__class__ = OnePlaceConv
     return module
 
 # %% ../nbs/05_backbones.ipynb #744696ad
 class ResNet18Blocks(Backbone):
-    """The v6 backbone: blocks [B,1,H,W] in [0,1] → features [B,512] (528 with qindex). He, Zhang, Ren, Sun 2016, Deep Residual Learning
-    for Image Recognition; Hu et al. 2018 (channel attention); Woo et al. 2018 (spatial attention).
+    """The v6 backbone: blocks [B,1,H,W] in [0,1] → features [B,512] (528 with qindex).
+
+    He, Zhang, Ren, Sun 2016, Deep Residual Learning for Image Recognition; Hu et al. 2018 (channel
+    attention); Woo et al. 2018 (spatial attention).
     """
 
     architecture = "v6"
@@ -232,19 +295,35 @@ class ResNet18Blocks(Backbone):
             self.conv1.weight, mode="fan_out", nonlinearity="relu"
         )  # as torchvision does for the layer that this one replaces
         self.bn1, self.relu, self.maxpool = body.bn1, body.relu, body.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, one_place(body.layer3), one_place(body.layer4)
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            body.layer1,
+            body.layer2,
+            one_place(body.layer3),
+            one_place(body.layer4),
+        )
         if pretrained is not None:
             self.load_body(pretrained_state(pretrained), pretrained)
-        self.se1, self.se2, self.se3, self.se4 = (SqueezeExcitation(channels) for channels in (64, 128, 256, 512))
-        self.drop1, self.drop2, self.drop3, self.drop4 = (nn.Dropout(p) for p in (0.1, 0.2, 0.3, 0.4))
+        self.se1, self.se2, self.se3, self.se4 = (
+            SqueezeExcitation(channels) for channels in (64, 128, 256, 512)
+        )
+        self.drop1, self.drop2, self.drop3, self.drop4 = (
+            nn.Dropout(p) for p in (0.1, 0.2, 0.3, 0.4)
+        )
         self.spatial_attn = SpatialAttention()
 
     def load_body(self, state, source):
         "Take a ResNet-18 body from `state`, every key of it and no other."
-        own = {name for name in self.state_dict() if not name.startswith("qindex_embedding.") and name != "centred"}
+        own = {
+            name
+            for name in self.state_dict()
+            if not name.startswith("qindex_embedding.") and name != "centred"
+        }
         missing, unexpected = sorted(own - set(state)), sorted(set(state) - own)
         if missing or unexpected:
-            raise ValueError(f"{source} is not a ResNet-18 state: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
+            raise ValueError(
+                f"{source} is not a ResNet-18 state: missing {missing or 'nothing'}, unexpected"
+                f" {unexpected or 'nothing'}"
+            )
         self.load_state_dict({**self.state_dict(), **state})
 
     def maps(self, x):
@@ -261,8 +340,8 @@ def layer_shapes(
     backbone,  # a backbone of this notebook
     size=16,  # height and width of the blocks, in pixels, margins included
 ):
-    """DataFrame, one row a direct child of the backbone in the order of execution: `layer`, `channels`, `height`, `width`, `parameters`,
-    `multiply_adds` (one block).
+    """DataFrame, one row a direct child of the backbone in the order of execution: `layer`,
+    `channels`, `height`, `width`, `parameters`, `multiply_adds` (one block).
     """
     rows, hooks, kind = [], [], type(backbone).__name__
     for name, module in backbone.named_children():
@@ -271,7 +350,11 @@ def layer_shapes(
             height, width = output.shape[2:] if output.ndim == 4 else (1, 1)
             rows.append(
                 dict(
-                    layer=name, channels=output.shape[1], height=height, width=width, parameters=sum(p.numel() for p in module.parameters())
+                    layer=name,
+                    channels=output.shape[1],
+                    height=height,
+                    width=width,
+                    parameters=sum(p.numel() for p in module.parameters()),
                 )
             )
 
@@ -288,12 +371,15 @@ def layer_shapes(
         for hook in hooks:
             hook.remove()
     counts = counter.get_flop_counts()
-    operations = [sum(counts.get(f"{kind}.{row['layer']}", {}).values()) // 2 for row in rows]  # the counter counts a multiply-add as two
+    # the counter counts a multiply-add as two
+    operations = [sum(counts.get(f"{kind}.{row['layer']}", {}).values()) // 2 for row in rows]
     return pd.DataFrame(rows).assign(multiply_adds=operations)
 
 # %% ../nbs/05_backbones.ipynb #2db8b6d5
 class SeparableBlock(nn.Module):
-    """Depthwise 3×3, batch norm, SiLU, pointwise 1×1, batch norm, SiLU: `[B,inputs,H,W]` → `[B,outputs,H/stride,W/stride]`.
+    """Depthwise 3×3, batch norm, SiLU, pointwise 1×1, batch norm, SiLU: `[B,inputs,H,W]` →
+    `[B,outputs,H/stride,W/stride]`.
+
     Howard et al. 2017, MobileNets.
     """
 
@@ -304,7 +390,9 @@ class SeparableBlock(nn.Module):
         stride=1,  # 2 halves height and width
     ):
         super().__init__()
-        self.depthwise = nn.Conv2d(inputs, inputs, 3, stride=stride, padding=1, groups=inputs, bias=False)
+        self.depthwise = nn.Conv2d(
+            inputs, inputs, 3, stride=stride, padding=1, groups=inputs, bias=False
+        )
         self.bn1 = nn.BatchNorm2d(inputs)
         self.pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
@@ -318,7 +406,8 @@ class SeparableBlock(nn.Module):
 class ConvStem(nn.Module):
     "3×3 convolution, batch norm, SiLU: `[B,1,H,W]` → `[B,outputs,H,W]`."
 
-    def __init__(self,
+    def __init__(
+        self,
         outputs=32,  # channels out
     ):
         super().__init__()
@@ -331,18 +420,25 @@ class ConvStem(nn.Module):
 
 # %% ../nbs/05_backbones.ipynb #e028a73f
 class LightBackbone(Backbone):
-    "The v5 backbone: blocks [B,1,H,W] in [0,1] → features [B,128] (144 with qindex). 30,080 parameters (30,112 with qindex)."
+    """The v5 backbone: blocks [B,1,H,W] in [0,1] → features [B,128] (144 with qindex). 30,080
+    parameters (30,112 with qindex).
+    """
 
     architecture = "v5"
     channels = 128
 
-    def __init__(self,
+    def __init__(
+        self,
         qindex=False,  # take the qindex of every block as a second input
         centre=False,  # subtract the mean of each block first
     ):
         super().__init__(qindex, centre)
         self.stem = ConvStem(32)
-        self.blocks = nn.Sequential(SeparableBlock(32, 64, stride=2), SeparableBlock(64, 128, stride=2), SeparableBlock(128, 128))
+        self.blocks = nn.Sequential(
+            SeparableBlock(32, 64, stride=2),
+            SeparableBlock(64, 128, stride=2),
+            SeparableBlock(128, 128),
+        )
 
     def maps(self, x):
         "The feature maps before pooling [B,128,h,w]."
@@ -352,22 +448,34 @@ class LightBackbone(Backbone):
 def layer_groups(
     backbone,  # a backbone of this notebook
 ):
-    "List of `nn.ModuleList`, from the input (first) to the features (last): together every parameter of the backbone, each once."
+    """List of `nn.ModuleList`, from the input (first) to the features (last): together every
+    parameter of the backbone, each once.
+    """
     if isinstance(backbone, ResNet18Blocks):
         groups = [[backbone.conv1, backbone.bn1]]
-        groups += [[backbone.get_submodule(f"{part}{i}") for part in ("layer", "se", "drop")] for i in (1, 2, 3, 4)]  # a frozen layer's dropout rests too
+        # a frozen layer's dropout rests too
+        groups += [
+            [backbone.get_submodule(f"{part}{i}") for part in ("layer", "se", "drop")]
+            for i in (1, 2, 3, 4)
+        ]
         groups[-1].append(backbone.spatial_attn)
     elif isinstance(backbone, LightBackbone):
         groups = [[backbone.stem], *([block] for block in backbone.blocks)]
     else:
-        raise TypeError(f"layer_groups knows ResNet18Blocks and LightBackbone, not {type(backbone).__name__}")
+        raise TypeError(
+            f"layer_groups knows ResNet18Blocks and LightBackbone, not {type(backbone).__name__}"
+        )
     if backbone.uses_qindex:
         groups[-1].append(backbone.qindex_embedding)
     return [nn.ModuleList(group) for group in groups]
 
 # %% ../nbs/05_backbones.ipynb #1c13ce20
 class Modulation(nn.Module):
-    "Feature-wise scale and shift from a condition: `x [B,C,H,W]`, `condition [B,D]` → `[B,C,H,W]`; the identity at first. Perez et al. (2018), FiLM."
+    """Feature-wise scale and shift from a condition: `x [B,C,H,W]`, `condition [B,D]` →
+    `[B,C,H,W]`; the identity at first.
+
+    Perez et al. (2018), FiLM.
+    """
 
     def __init__(
         self,
@@ -385,7 +493,9 @@ class Modulation(nn.Module):
 
 
 class ModulatedConv(nn.Module):
-    "Convolution without bias, batch norm, optional modulation, optional SiLU; padded to keep the size, or to halve it with stride 2."
+    """Convolution without bias, batch norm, optional modulation, optional SiLU; padded to keep the
+    size, or to halve it with stride 2.
+    """
 
     def __init__(
         self,
@@ -398,24 +508,32 @@ class ModulatedConv(nn.Module):
         active=True,  # SiLU at the end
     ):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(outputs, momentum=0.02)  # batches hold few pictures: statistics of many of them are needed
+        self.conv = nn.Conv2d(
+            inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False
+        )
+        # batches hold few pictures: statistics of many of them are needed
+        self.norm = nn.BatchNorm2d(outputs, momentum=0.02)
         self.modulation = Modulation(condition, outputs) if condition else None
         self.active = active
 
     def forward(self, x, condition):
         x = self.norm(self.conv(x))
-        if self.modulation is not None: x = self.modulation(x, condition)
+        if self.modulation is not None:
+            x = self.modulation(x, condition)
         return nn.functional.silu(x) if self.active else x
 
     def folded(self, condition):
-        "The same for one condition [1,D] as a convolution with bias: module with the same call, in evaluation mode."
+        """The same for one condition [1,D] as a convolution with bias: module with the same call,
+        in evaluation mode.
+        """
         scale = self.norm.weight / torch.sqrt(self.norm.running_var + self.norm.eps)
         shift = self.norm.bias - self.norm.running_mean * scale
         if self.modulation is not None:
             more, offset = self.modulation.linear(condition)[0].chunk(2)
             scale, shift = scale * (1 + more), shift * (1 + more) + offset
-        return FoldedConv(self.conv, self.conv.weight * scale[:, None, None, None], shift, self.active)
+        return FoldedConv(
+            self.conv, self.conv.weight * scale[:, None, None, None], shift, self.active
+        )
 
 
 class FoldedConv(nn.Module):
@@ -423,8 +541,19 @@ class FoldedConv(nn.Module):
 
     def __init__(self, conv, weight, bias, active):
         super().__init__()
-        self.conv = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups)
-        self.conv.weight, self.conv.bias, self.active = nn.Parameter(weight.detach()), nn.Parameter(bias.detach()), active
+        self.conv = nn.Conv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            groups=conv.groups,
+        )
+        self.conv.weight, self.conv.bias, self.active = (
+            nn.Parameter(weight.detach()),
+            nn.Parameter(bias.detach()),
+            active,
+        )
 
     def forward(self, x, condition=None):
         x = self.conv(x)
@@ -432,7 +561,11 @@ class FoldedConv(nn.Module):
 
 
 class ModulatedResidual(nn.Module):
-    "Two convolutions and a shortcut (He et al., 2016): 3×3 and 3×3, or depthwise 5×5 and 1×1 where `separable`. The first of them begins as the identity."
+    """Two convolutions and a shortcut (He et al., 2016): 3×3 and 3×3, or depthwise 5×5 and 1×1
+    where `separable`.
+
+    The first of them begins as the identity.
+    """
 
     def __init__(
         self,
@@ -453,23 +586,30 @@ class ModulatedResidual(nn.Module):
 
     def forward(self, x, condition):
         branch = self.dropout(self.second(self.first(x, condition), condition))
-        if torch.is_grad_enabled(): return nn.functional.silu(x + branch)
-        return nn.functional.silu(branch.add_(x), inplace=True)  # the same, without two more maps in memory
+        if torch.is_grad_enabled():
+            return nn.functional.silu(x + branch)
+        # the same, without two more maps in memory
+        return nn.functional.silu(branch.add_(x), inplace=True)
 
 
 def soft_log(
     x,  # float, any shape
 ):
-    "asinh(x); where no gradient is wanted by square root and logarithm, equal up to 1e-6, because these are vectorised on a CPU and asinh is not."
-    if torch.is_grad_enabled(): return torch.asinh(x)
+    """asinh(x); where no gradient is wanted by square root and logarithm, equal up to 1e-6, because
+    these are vectorised on a CPU and asinh is not.
+    """
+    if torch.is_grad_enabled():
+        return torch.asinh(x)
     return x.square().add_(1).sqrt_().add_(x.abs()).log_().copysign_(x)
 
 
 class JointBackbone(nn.Module):
-    """Luma of whole frames `[B,1,H,W]` in [0,1], H and W multiples of 64, and their qindex `[B]` (0–255) → {64, 32, 16, 8: features `[B,C,H/size,W/size]`}.
+    """Luma of whole frames `[B,1,H,W]` in [0,1], H and W multiples of 64, and their qindex `[B]`
+    (0–255) → {64, 32, 16, 8: features `[B,C,H/size,W/size]`}.
 
-    Sources: Perez et al. (2018), FiLM; Ronneberger et al. (2015), U-Net; Paul, Norkin and Bovik (2020), Speeding up VP9 Intra Encoder
-    with Hierarchical Deep Learning Based Partition Prediction.
+    Sources: Perez et al. (2018), FiLM; Ronneberger et al. (2015), U-Net; Paul, Norkin and Bovik
+    (2020), Speeding up VP9 Intra Encoder with Hierarchical Deep Learning Based Partition
+    Prediction.
     """
 
     architecture = "joint"
@@ -477,7 +617,8 @@ class JointBackbone(nn.Module):
 
     def __init__(
         self,
-        widths=(24, 64, 112, 128),  # channels at 1/4, 1/8, 1/16, and at 1/32 and 1/64 of the resolution
+        # channels at 1/4, 1/8, 1/16, and at 1/32 and 1/64 of the resolution
+        widths=(24, 64, 112, 128),
         depths=(0, 2, 1, 2),  # residual blocks there
         condition=32,  # length of the condition made of the qindex
         dropout=0.1,  # of the channels of each residual branch
@@ -486,29 +627,63 @@ class JointBackbone(nn.Module):
     ):
         super().__init__()
         w4, w8, w16, w32 = widths
-        self.widths, self.depths, self.dropout, self.qindex, self.context = tuple(widths), tuple(depths), dropout, qindex, context
-        self.gain = nn.Parameter(torch.tensor([[3.0, -3.0], [3.0, 0.0]]))  # log gain at qindex 0, and its change up to 255
-        self.condition = nn.Sequential(nn.Linear(2, condition), nn.SiLU(), nn.Linear(condition, condition), nn.SiLU())
+        self.widths, self.depths, self.dropout, self.qindex, self.context = (
+            tuple(widths),
+            tuple(depths),
+            dropout,
+            qindex,
+            context,
+        )
+        # log gain at qindex 0, and its change up to 255
+        self.gain = nn.Parameter(torch.tensor([[3.0, -3.0], [3.0, 0.0]]))
+        self.condition = nn.Sequential(
+            nn.Linear(2, condition), nn.SiLU(), nn.Linear(condition, condition), nn.SiLU()
+        )
 
-        def blocks(width, depth, separable=False): return nn.ModuleList(ModulatedResidual(width, condition, dropout, separable) for _ in range(depth))
+        def blocks(width, depth, separable=False):
+            return nn.ModuleList(
+                ModulatedResidual(width, condition, dropout, separable) for _ in range(depth)
+            )
 
         self.stem = ModulatedConv(34, w4, condition=condition)
         self.at4 = blocks(w4, depths[0])
-        self.to8, self.at8 = ModulatedConv(w4, w8, stride=2, condition=condition), blocks(w8, depths[1])
-        self.to16, self.at16 = ModulatedConv(w8, w16, stride=2, condition=condition), blocks(w16, depths[2])
-        self.to32, self.at32 = ModulatedConv(w16, w32, stride=2, groups=w32 // 16, condition=condition), blocks(w32, depths[3], True)
-        self.to64, self.at64 = ModulatedConv(w32, w32, stride=2, groups=w32 // 16, condition=condition), blocks(w32, depths[3], True)
-        self.up32, self.up16, self.up8 = nn.Conv2d(w32, w32, 1), nn.Conv2d(w32, w16, 1), nn.Conv2d(w16, w8, 1)
-        self.merge32, self.merge16, self.merge8 = (ModulatedResidual(w, condition, dropout, True) for w in (w32, w16, w8))
+        self.to8, self.at8 = ModulatedConv(w4, w8, stride=2, condition=condition), blocks(
+            w8, depths[1]
+        )
+        self.to16, self.at16 = ModulatedConv(w8, w16, stride=2, condition=condition), blocks(
+            w16, depths[2]
+        )
+        self.to32, self.at32 = ModulatedConv(
+            w16, w32, stride=2, groups=w32 // 16, condition=condition
+        ), blocks(w32, depths[3], True)
+        self.to64, self.at64 = ModulatedConv(
+            w32, w32, stride=2, groups=w32 // 16, condition=condition
+        ), blocks(w32, depths[3], True)
+        self.up32, self.up16, self.up8 = (
+            nn.Conv2d(w32, w32, 1),
+            nn.Conv2d(w32, w16, 1),
+            nn.Conv2d(w16, w8, 1),
+        )
+        self.merge32, self.merge16, self.merge8 = (
+            ModulatedResidual(w, condition, dropout, True) for w in (w32, w16, w8)
+        )
 
     @property
     def channels(self):
         "Size of the nodes → channels of their features."
-        return dict(zip((64, 32, 16, 8), (self.widths[3], self.widths[3], self.widths[2], self.widths[1])))
+        return dict(
+            zip((64, 32, 16, 8), (self.widths[3], self.widths[3], self.widths[2], self.widths[1]))
+        )
 
     def settings(self):
         "What this backbone was built with, in plain values."
-        return dict(widths=list(self.widths), depths=list(self.depths), dropout=self.dropout, qindex=self.qindex, context=self.context)
+        return dict(
+            widths=list(self.widths),
+            depths=list(self.depths),
+            dropout=self.dropout,
+            qindex=self.qindex,
+            context=self.context,
+        )
 
     def scaled(self, qindex):
         "The qindex in [0,1], float [B]; a constant if the backbone ignores it."
@@ -520,21 +695,40 @@ class JointBackbone(nn.Module):
         cells = nn.functional.pixel_unshuffle(x, 4)
         mean = cells.mean(1, keepdim=True)
         down = nn.functional.avg_pool2d(mean, (9, 1), 1, (4, 0), count_include_pad=False)
-        relief = mean - nn.functional.avg_pool2d(down, (1, 9), 1, (0, 4), count_include_pad=False)  # a window of 9×9, columns first, then rows
+        # a window of 9×9, columns first, then rows
+        relief = mean - nn.functional.avg_pool2d(down, (1, 9), 1, (0, 4), count_include_pad=False)
         values = torch.cat([cells - mean, relief], 1)
         gains = torch.exp(self.gain[:, :1] + self.gain[:, 1:] * scaled)[:, :, None, None, None]
-        dtype = self.stem.conv.weight.dtype  # of a folded copy perhaps bfloat16: half as much to put in order
-        return torch.cat([soft_log(values * gain).to(dtype) for gain in gains], 1).contiguous(memory_format=torch.channels_last)
+        # of a folded copy perhaps bfloat16: half as much to put in order
+        dtype = self.stem.conv.weight.dtype
+        return torch.cat([soft_log(values * gain).to(dtype) for gain in gains], 1).contiguous(
+            memory_format=torch.channels_last
+        )
 
     def forward(self, x, qindex):
-        if x.ndim != 4 or x.shape[1] != 1 or x.shape[2] % 64 or x.shape[3] % 64 or not x.is_floating_point():
-            raise ValueError(f"JointBackbone takes float frames [batch, 1, height, width] in whole 64×64 superblocks, but got {x.dtype} {list(x.shape)}")
+        if (
+            x.ndim != 4
+            or x.shape[1] != 1
+            or x.shape[2] % 64
+            or x.shape[3] % 64
+            or not x.is_floating_point()
+        ):
+            raise ValueError(
+                "JointBackbone takes float frames [batch, 1, height, width] in whole 64×64"
+                f" superblocks, but got {x.dtype} {list(x.shape)}"
+            )
         if not self.context:
             b, _, h, w = x.shape
             tiles = x.reshape(b, h // 64, 64, w // 64, 64).transpose(2, 3).reshape(-1, 1, 64, 64)
             features = self.maps(tiles, qindex.repeat_interleave(h * w // 4096))
-            return {size: f.reshape(b, h // 64, w // 64, -1, 64 // size, 64 // size).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, h // size, w // size)
-                    for size, f in features.items()}
+            return {
+                size: (
+                    f.reshape(b, h // 64, w // 64, -1, 64 // size, 64 // size)
+                    .permute(0, 3, 1, 4, 2, 5)
+                    .reshape(b, -1, h // size, w // size)
+                )
+                for size, f in features.items()
+            }
         return self.maps(x, qindex)
 
     def maps(self, x, qindex):
@@ -543,15 +737,20 @@ class JointBackbone(nn.Module):
         condition = self.condition(torch.stack([scaled, scaled.square()], 1))
 
         def through(blocks, x):
-            for block in blocks: x = block(x, condition)
+            for block in blocks:
+                x = block(x, condition)
             return x
 
-        f8 = through(self.at8, self.to8(through(self.at4, self.stem(self.inputs(x, scaled), condition)), condition))
+        f8 = through(
+            self.at8,
+            self.to8(through(self.at4, self.stem(self.inputs(x, scaled), condition)), condition),
+        )
         f16 = through(self.at16, self.to16(f8, condition))
         f32 = through(self.at32, self.to32(f16, condition))
         f64 = through(self.at64, self.to64(f32, condition))
 
-        def double(x): return nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+        def double(x):
+            return nn.functional.interpolate(x, scale_factor=2, mode="nearest")
 
         f32 = self.merge32(f32 + double(self.up32(f64)), condition)
         f16 = self.merge16(f16 + double(self.up16(f32)), condition)
@@ -563,11 +762,14 @@ class JointBackbone(nn.Module):
         self,
         qindex,  # one quantiser index, 0–255
     ):
-        "A copy in evaluation mode that holds for this qindex alone and has plain convolutions: faster, and equal up to rounding."
+        """A copy in evaluation mode that holds for this qindex alone and has plain convolutions:
+        faster, and equal up to rounding.
+        """
         twin = copy.deepcopy(self).eval()
         scaled = self.scaled(torch.tensor([float(qindex)], device=self.gain.device))
         condition = self.condition(torch.stack([scaled, scaled.square()], 1))
         for module in list(twin.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, ModulatedConv): setattr(module, name, child.folded(condition))
+                if isinstance(child, ModulatedConv):
+                    setattr(module, name, child.folded(condition))
         return twin.requires_grad_(False)

@@ -23,51 +23,77 @@ import typer
 from . import runs
 
 # %% ../nbs/19_cli.ipynb #d842cb2a
-app = typer.Typer(help="Learn the partition decisions of the AV1 encoder.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Learn the partition decisions of the AV1 encoder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="directory of the run")]
 Models = Annotated[Path, typer.Option("--run-dir", help="run directory whose models predict")]
 
 
 def command(function):
-    "Register a command whose expected errors end in one sentence on standard error and exit status 1."
+    """Register a command whose expected errors end in one sentence on standard error and exit
+    status 1.
+    """
+
     @functools.wraps(function)
     def guarded(*args, **kwargs):
-        try: return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
         except (ValueError, OSError, RuntimeError) as error:
-            if os.environ.get("AV1NB_DEBUG"): raise
+            if os.environ.get("AV1NB_DEBUG"):
+                raise
             typer.echo(f"av1nb {function.__name__}: {error}", err=True)
             raise typer.Exit(1) from error
+
     return app.command()(guarded)
 
 # %% ../nbs/19_cli.ipynb #4a05e009
 @command
 def demo(
     run_dir: RunDir = Path("runs/demo"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="forget what an earlier run left there")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="forget what an earlier run left there")
+    ] = False,
     seed: Annotated[int, typer.Option(help="seed of the split, the models and the batches")] = 42,
 ):
     "Train and evaluate every stage on the shipped sample, and print the result."
     run = runs.RunDirectory(run_dir)
-    if fresh: runs.clear(run)
+    if fresh:
+        runs.clear(run)
     start = time.perf_counter()
     runs.run_stages(runs.PIPELINE, run, {"seed": seed}, runs.DEMO, keep=True)
     table = runs.summarise(run)
     typer.echo("\n" + runs.format_table(table))
-    typer.echo(f"\n{time.perf_counter() - start:.0f} s in all. Everything is in {run.path}:\n"
-               "  metrics.json  every number of this table, with the split's hash and the versions\n"
-               "  notebooks/    the executed notebooks      figures/  their figures\n"
-               "  models/       checkpoints                 reports/  per-class reports and predictions.csv")
+    typer.echo(
+        f"\n{time.perf_counter() - start:.0f} s in all. Everything is in {run.path}:\n "
+        " metrics.json  every number of this table, with the split's hash and the versions\n "
+        " notebooks/    the executed notebooks      figures/  their figures\n  models/      "
+        " checkpoints                 reports/  per-class reports and predictions.csv"
+    )
     if short := list(table.query("value <= baseline").stage):
         raise RuntimeError(f"no better than its baseline on the test sequences: {', '.join(short)}")
 
 
 @command
 def run(
-    stages: Annotated[list[str], typer.Argument(help="stages to run in this order: names, numbers (003), or all")],
-    parameter: Annotated[Optional[list[str]], typer.Option("-p", "--parameter", help="name=value, for every stage that takes it")] = None,
+    stages: Annotated[
+        list[str], typer.Argument(help="stages to run in this order: names, numbers (003), or all")
+    ],
+    parameter: Annotated[
+        Optional[list[str]],
+        typer.Option("-p", "--parameter", help="name=value, for every stage that takes it"),
+    ] = None,
     run_dir: RunDir = Path("runs/default"),
-    keep: Annotated[bool, typer.Option("--keep", help="leave out stages that are done with these parameters and this code")] = False,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep", help="leave out stages that are done with these parameters and this code"
+        ),
+    ] = False,
 ):
     "Run stage notebooks headlessly; the executed notebooks stay in the run directory."
     names = [name for stage in stages for name in (runs.PIPELINE if stage == "all" else [stage])]
@@ -79,49 +105,103 @@ def run(
 @command
 def train_joint(
     run_dir: Annotated[Path, typer.Argument(help="run directory with raw data and block sets")],
-    parameter: Annotated[Optional[list[str]], typer.Option("-p", "--parameter", help="name=value, of the stage 010_joint")] = None,
+    parameter: Annotated[
+        Optional[list[str]],
+        typer.Option("-p", "--parameter", help="name=value, of the stage 010_joint"),
+    ] = None,
 ):
-    "Train the joint network of a run without its notebook, also in several processes: accelerate launch … -m av1nb.cli train-joint RUN_DIR."
+    """Train the joint network of a run without its notebook, also in several processes: accelerate
+    launch … -m av1nb.cli train-joint RUN_DIR.
+    """
     from av1nb import joint, training
 
     directory = runs.RunDirectory(run_dir)
     directory.require("raw/recordings", "dataset/block_16/train.pt")
     rank, world = training.process()
-    if not rank: typer.echo(f"{world} process{'es' * (world > 1)}")
+    if not rank:
+        typer.echo(f"{world} process{'es' * (world > 1)}")
     _, history = joint.train_run(directory, runs.parse_parameters(parameter or []))
     if not rank:
-        typer.echo(f"Best epoch {history.best['epoch']} of {len(history.rows)}: {history.monitor} {history.best[history.monitor]:.4f} on the validation sequences; written to {directory / 'models'}\n"
-                   "`av1nb run 010_joint` with the same parameters evaluates it")
+        typer.echo(
+            f"Best epoch {history.best['epoch']} of {len(history.rows)}: {history.monitor}"
+            f" {history.best[history.monitor]:.4f} on the validation sequences; written to"
+            f" {directory / 'models'}\n`av1nb run 010_joint` with the same parameters evaluates it"
+        )
     training.leave()
 
 
 @command
 def compare(
     run_dir: RunDir = Path("runs/compare"),
-    hierarchy: Annotated[Optional[list[str]], typer.Option(help="v5, v6, flat, flat7 or joint, several times for several; the first four if not given")] = None,
-    seed: Annotated[Optional[list[int]], typer.Option(help="seed of the models and the batches, several times for several; 42 if not given")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="so many seeds, counted from the first one")] = 1,
+    hierarchy: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help=(
+                "v5, v6, flat, flat7 or joint, several times for several; the first four if not"
+                " given"
+            )
+        ),
+    ] = None,
+    seed: Annotated[
+        Optional[list[int]],
+        typer.Option(
+            help="seed of the models and the batches, several times for several; 42 if not given"
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="so many seeds, counted from the first one")
+    ] = 1,
     split_seed: Annotated[int, typer.Option(help="seed of the split, the same for all")] = 42,
-    also: Annotated[Optional[list[str]], typer.Option(help="name=directory: a model that was trained elsewhere, with its report.json or seed_<n>/report.json")] = None,
-    parameter: Annotated[Optional[list[str]], typer.Option("-p", "--parameter", help="name=value, for every stage that takes it")] = None,
+    also: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help=(
+                "name=directory: a model that was trained elsewhere, with its report.json or"
+                " seed_<n>/report.json"
+            )
+        ),
+    ] = None,
+    parameter: Annotated[
+        Optional[list[str]],
+        typer.Option("-p", "--parameter", help="name=value, for every stage that takes it"),
+    ] = None,
 ):
-    "Train and evaluate several hierarchies on the same blocks of the sample, and print them side by side; what is done is kept."
+    """Train and evaluate several hierarchies on the same blocks of the sample, and print them side
+    by side; what is done is kept.
+    """
     chosen = seed or [42]
     if seeds > 1:
-        if len(chosen) > 1: raise ValueError("give --seeds a number, or --seed several times, not both")
+        if len(chosen) > 1:
+            raise ValueError("give --seeds a number, or --seed several times, not both")
         chosen = range(chosen[0], chosen[0] + seeds)
     further = dict(one.partition("=")[::2] for one in also or [])
-    if bad := [name for name, folder in further.items() if not name or not folder]: raise ValueError(f"--also takes name=directory, not {', '.join(bad) or 'an empty name'}")
+    if bad := [name for name, folder in further.items() if not name or not folder]:
+        raise ValueError(f"--also takes name=directory, not {', '.join(bad) or 'an empty name'}")
     directory = runs.RunDirectory(run_dir)
-    rows = runs.compare(directory, tuple(hierarchy or runs.COMPARED), tuple(chosen), split_seed, further, runs.parse_parameters(parameter or []))
+    rows = runs.compare(
+        directory,
+        tuple(hierarchy or runs.COMPARED),
+        tuple(chosen),
+        split_seed,
+        further,
+        runs.parse_parameters(parameter or []),
+    )
     content = runs.read_json(directory / "comparison.json")
     typer.echo("\n" + runs.comparison_table(content).to_string())
-    if len(chosen) == 1: typer.echo(f"\nOne seed ({chosen[0]}): differences of a few points are no result.")
+    if len(chosen) == 1:
+        typer.echo(f"\nOne seed ({chosen[0]}): differences of a few points are no result.")
     else:
         reference = "v6" if "v6" in set(rows["model"]) else rows["model"][0]
         apart = runs.differences(rows, reference)
-        shown = apart[apart["different"]].drop(columns="different").round(3).to_string(index=False) if apart["different"].any() else "none"
-        typer.echo(f"\nMeans ± half their 95 % interval over seeds. Differences from {reference} whose 95 % interval excludes 0:\n{shown}")
+        shown = (
+            apart[apart["different"]].drop(columns="different").round(3).to_string(index=False)
+            if apart["different"].any()
+            else "none"
+        )
+        typer.echo(
+            f"\nMeans ± half their 95 % interval over seeds. Differences from {reference} whose 95"
+            f" % interval excludes 0:\n{shown}"
+        )
     typer.echo(f"Written to {directory / 'comparison.json'}")
 
 
@@ -135,13 +215,25 @@ def bench(run_dir: RunDir = Path("runs/bench")):
 # %% ../nbs/19_cli.ipynb #6f6ae1d2
 @command
 def label(
-    stream: Annotated[Path, typer.Argument(help="AV1 stream: IVF, OBU, WebM, Matroska, MP4 or AVIF")],
+    stream: Annotated[
+        Path, typer.Argument(help="AV1 stream: IVF, OBU, WebM, Matroska, MP4 or AVIF")
+    ],
     out: Annotated[Path, typer.Option("--out", help="directory to write the raw contract into")],
-    name: Annotated[Optional[str], typer.Option(help="name of the recording; the file's name without ending if not given")] = None,
-    sequence: Annotated[Optional[str], typer.Option(help="what it shows; encodes of the same content must share it, splits never divide it")] = None,
+    name: Annotated[
+        Optional[str],
+        typer.Option(help="name of the recording; the file's name without ending if not given"),
+    ] = None,
+    sequence: Annotated[
+        Optional[str],
+        typer.Option(
+            help="what it shows; encodes of the same content must share it, splits never divide it"
+        ),
+    ] = None,
     size: Annotated[int, typer.Option(help="block size to extract: 8, 16, 32 or 64")] = 16,
     excel: Annotated[bool, typer.Option(help="write the Excel files too")] = True,
-    libaom: Annotated[Optional[Path], typer.Option(help="a libaom shared library to use instead of the one found")] = None,
+    libaom: Annotated[
+        Optional[Path], typer.Option(help="a libaom shared library to use instead of the one found")
+    ] = None,
 ):
     "Write the partition labels of a stream, with its blocks."
     from av1nb import raw, streams
@@ -149,28 +241,54 @@ def label(
 
     library = streams.load_libaom(libaom)
     name = name or stream.stem
-    recording = raw.recording_from_frames(out, name, sequence or name, streams.read_trees(stream, libaom=library), sizes=(size,), excel=excel)
-    typer.echo(f"{len(recording.frames)} frames of {recording.width}×{recording.height}, read with libaom {library.version}, written to {out}")
+    recording = raw.recording_from_frames(
+        out,
+        name,
+        sequence or name,
+        streams.read_trees(stream, libaom=library),
+        sizes=(size,),
+        excel=excel,
+    )
+    typer.echo(
+        f"{len(recording.frames)} frames of {recording.width}×{recording.height}, read with libaom"
+        f" {library.version}, written to {out}"
+    )
     _, table = raw.read_recording(out, name, size)
     counts = table["type"].value_counts().reindex(range(10), fill_value=0)
-    typer.echo(f"{size}×{size} nodes inside the frame: " + ", ".join(f"{PartitionType(t).name} {n}" for t, n in counts.items()))
+    typer.echo(
+        f"{size}×{size} nodes inside the frame: "
+        + ", ".join(f"{PartitionType(t).name} {n}" for t, n in counts.items())
+    )
 
 # %% ../nbs/19_cli.ipynb #d0bac6fa
 def load_pipeline(run_dir):
-    "The trained pipeline of a run, with its thresholds; `FileNotFoundError` names the stage that is missing."
+    """The trained pipeline of a run, with its thresholds; `FileNotFoundError` names the stage that
+    is missing.
+    """
     import numpy as np
     from av1nb.pipeline import Pipeline, fallback_sentence
 
     directory = runs.RunDirectory(run_dir)
     settings = json.loads(directory.require("reports/thresholds.json").read_text(encoding="utf-8"))
-    counts = {stage: np.array(found) for stage, found in settings.get("fallback", {}).items()}  # of specialists that were absent already when the thresholds were chosen
-    pipeline = Pipeline.from_run(directory / "models", settings.get("hierarchy", "v6"), settings["split_hash"], counts or None, settings["vote"], thresholds=settings["thresholds"])
-    if pipeline.fallback: typer.echo(fallback_sentence(pipeline.fallback), err=True)
+    # of specialists that were absent already when the thresholds were chosen
+    counts = {stage: np.array(found) for stage, found in settings.get("fallback", {}).items()}
+    pipeline = Pipeline.from_run(
+        directory / "models",
+        settings.get("hierarchy", "v6"),
+        settings["split_hash"],
+        counts or None,
+        settings["vote"],
+        thresholds=settings["thresholds"],
+    )
+    if pipeline.fallback:
+        typer.echo(fallback_sentence(pipeline.fallback), err=True)
     return pipeline
 
 
 def predict_frames(pipeline, luma, qindex=None):
-    "Predicted 16×16 types of every whole block of 10-bit frames [n, H, W]: DataFrame frame, row, col, predicted, confidence and the probabilities of each stage."
+    """Predicted 16×16 types of every whole block of 10-bit frames [n, H, W]: DataFrame frame, row,
+    col, predicted, confidence and the probabilities of each stage.
+    """
     import numpy as np
     import torch
     from av1nb import raw
@@ -178,10 +296,19 @@ def predict_frames(pipeline, luma, qindex=None):
     tables = []
     for number, frame in enumerate(luma):
         height, width = frame.shape
-        if height < 16 or width < 16: raise ValueError(f"frame {number} is {width}×{height}, smaller than one 16×16 block")
-        rows, cols = (grid.ravel() for grid in np.meshgrid(np.arange(0, height - 15, 16), np.arange(0, width - 15, 16), indexing="ij"))
+        if height < 16 or width < 16:
+            raise ValueError(f"frame {number} is {width}×{height}, smaller than one 16×16 block")
+        rows, cols = (
+            grid.ravel()
+            for grid in np.meshgrid(
+                np.arange(0, height - 15, 16), np.arange(0, width - 15, 16), indexing="ij"
+            )
+        )
         blocks = raw.extract_blocks(frame, rows, cols, 16)
-        table = pipeline.predict(torch.from_numpy(blocks[:, None]), qps=None if qindex is None else torch.full((len(blocks),), qindex)).table()
+        table = pipeline.predict(
+            torch.from_numpy(blocks[:, None]),
+            qps=None if qindex is None else torch.full((len(blocks),), qindex),
+        ).table()
         table.insert(0, "frame", number)
         table.insert(1, "row", rows)
         table.insert(2, "col", cols)
@@ -190,7 +317,10 @@ def predict_frames(pipeline, luma, qindex=None):
 
 
 def joint_table(predictor, luma, qindex, confidence):
-    "Trees that the joint network predicts for 10-bit frames [n, H, W]: DataFrame frame, size, row, col, type, probability, set (types that reach the confidence, most probable first) and the probability of each type."
+    """Trees that the joint network predicts for 10-bit frames [n, H, W]: DataFrame frame, size,
+    row, col, type, probability, set (types that reach the confidence, most probable first) and
+    the probability of each type.
+    """
     import numpy as np
     from av1nb import joint
     from av1nb.partitions import LEVELS, PartitionType
@@ -198,12 +328,23 @@ def joint_table(predictor, luma, qindex, confidence):
     names, tables = np.array([t.name for t in PartitionType]), []
     for number, frame in enumerate(luma):
         maps = predictor.maps(frame, qindex)
-        tree, sets = joint.decode_tree(maps, frame.shape[1], frame.shape[0], qindex), joint.type_sets(maps, confidence)
-        places = {size: (nodes["row"] // size, nodes["col"] // size) for size in LEVELS for nodes in [tree[tree["size"] == size]]}  # the tree lists its levels in this order
-        own, kept = (np.concatenate([of[size][places[size]] for size in LEVELS]) for of in (maps, sets))
+        tree, sets = joint.decode_tree(
+            maps, frame.shape[1], frame.shape[0], qindex
+        ), joint.type_sets(maps, confidence)
+        # the tree lists its levels in this order
+        places = {
+            size: (nodes["row"] // size, nodes["col"] // size)
+            for size in LEVELS
+            for nodes in [tree[tree["size"] == size]]
+        }
+        own, kept = (
+            np.concatenate([of[size][places[size]] for size in LEVELS]) for of in (maps, sets)
+        )
         order = np.argsort(-own, axis=1, kind="stable")
         tree["set"] = ["|".join(names[o[k[o]]]) for o, k in zip(order, kept)]
-        tree = tree.assign(type=names[tree["type"]], **{f"p_{name}": own[:, i] for i, name in enumerate(names)})
+        tree = tree.assign(
+            type=names[tree["type"]], **{f"p_{name}": own[:, i] for i, name in enumerate(names)}
+        )
         tree.insert(0, "frame", number)
         tables.append(tree)
     return pd.concat(tables, ignore_index=True)
@@ -211,36 +352,90 @@ def joint_table(predictor, luma, qindex, confidence):
 
 @command
 def predict(
-    video: Annotated[Path, typer.Argument(help="a film or picture that FFmpeg reads, or .yuv (10 bits in 16-bit words, 4:2:0, with --width and --height)")],
-    qindex: Annotated[Optional[int], typer.Option(min=0, max=255, help="quantiser index that the encoder will use")] = None,
-    out: Annotated[Path, typer.Option("--out", help="CSV file to write; a picture of the first frame is written beside it")] = Path("predictions.csv"),
-    run_dir: Annotated[Optional[Path], typer.Option("--run-dir", help="predict with the cascade of this run instead of the joint network")] = None,
-    weights: Annotated[Optional[Path], typer.Option(help="checkpoint of a joint network; the shipped one if not given")] = None,
-    confidence: Annotated[float, typer.Option(help="probability that the set of types of a node must reach")] = 0.9,
+    video: Annotated[
+        Path,
+        typer.Argument(
+            help=(
+                "a film or picture that FFmpeg reads, or .yuv (10 bits in 16-bit words, 4:2:0, with"
+                " --width and --height)"
+            )
+        ),
+    ],
+    qindex: Annotated[
+        Optional[int],
+        typer.Option(min=0, max=255, help="quantiser index that the encoder will use"),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="CSV file to write; a picture of the first frame is written beside it"
+        ),
+    ] = Path("predictions.csv"),
+    run_dir: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--run-dir", help="predict with the cascade of this run instead of the joint network"
+        ),
+    ] = None,
+    weights: Annotated[
+        Optional[Path],
+        typer.Option(help="checkpoint of a joint network; the shipped one if not given"),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(help="probability that the set of types of a node must reach")
+    ] = 0.9,
     width: Annotated[Optional[int], typer.Option(help="width of a .yuv video in pixels")] = None,
     height: Annotated[Optional[int], typer.Option(help="height of a .yuv video in pixels")] = None,
-    frames: Annotated[int, typer.Option(min=0, help="predict so many frames from the beginning, 0: all")] = 1,
+    frames: Annotated[
+        int, typer.Option(min=0, help="predict so many frames from the beginning, 0: all")
+    ] = 1,
 ):
-    "Predict the partition tree of a video's frames (joint network), or the type of every 16×16 block (a cascade)."
+    """Predict the partition tree of a video's frames (joint network), or the type of every 16×16
+    block (a cascade).
+    """
     from av1nb import figures, joint, streams
     from av1nb.partitions import PartitionType
 
-    if run_dir is not None and weights is not None: raise ValueError("give --run-dir for a cascade or --weights for a joint network, not both")
-    if run_dir is None and qindex is None: raise ValueError("the joint network is told the quantiser: add --qindex with a number from 0 to 255")
+    if run_dir is not None and weights is not None:
+        raise ValueError("give --run-dir for a cascade or --weights for a joint network, not both")
+    if run_dir is None and qindex is None:
+        raise ValueError(
+            "the joint network is told the quantiser: add --qindex with a number from 0 to 255"
+        )
     model = load_pipeline(run_dir) if run_dir is not None else joint.JointPredictor.load(weights)
     luma, said = joint.read_luma(video, frames, width, height)
-    typer.echo(f"{len(luma)} frame{'s' * (len(luma) != 1)} of {luma.shape[2]}×{luma.shape[1]}, {said}")
+    typer.echo(
+        f"{len(luma)} frame{'s' * (len(luma) != 1)} of {luma.shape[2]}×{luma.shape[1]}, {said}"
+    )
     if run_dir is None:
         table = joint_table(model, luma, qindex, confidence)
-        nodes = table[table.frame == 0].assign(type=[int(PartitionType[name]) for name in table.type[table.frame == 0]])
+        nodes = table[table.frame == 0].assign(
+            type=[int(PartitionType[name]) for name in table.type[table.frame == 0]]
+        )
     else:
         table = predict_frames(model, luma, qindex)
         first = table[table.frame == 0]
-        nodes = pd.DataFrame({"size": 16, "row": first.row, "col": first.col, "type": [int(PartitionType[name]) for name in first.predicted]})
-    with streams.atomic_file(out) as part: table.to_csv(part, index=False, float_format="%.6g")
-    figures.savefig(figures.partition_overlay(luma[0], nodes, title=f"{video.name}, predicted"), out.with_suffix(".png"))
-    counts = table.predicted.value_counts() if run_dir is not None else table[table["size"] == 16].type.value_counts()
-    typer.echo(f"{len(table)} {'blocks' if run_dir is not None else 'nodes, of which at 16×16'}: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+        nodes = pd.DataFrame({
+            "size": 16,
+            "row": first.row,
+            "col": first.col,
+            "type": [int(PartitionType[name]) for name in first.predicted],
+        })
+    with streams.atomic_file(out) as part:
+        table.to_csv(part, index=False, float_format="%.6g")
+    figures.savefig(
+        figures.partition_overlay(luma[0], nodes, title=f"{video.name}, predicted"),
+        out.with_suffix(".png"),
+    )
+    counts = (
+        table.predicted.value_counts()
+        if run_dir is not None
+        else table[table["size"] == 16].type.value_counts()
+    )
+    typer.echo(
+        f"{len(table)} {'blocks' if run_dir is not None else 'nodes, of which at 16×16'}: "
+        + ", ".join(f"{name} {n}" for name, n in counts.items())
+    )
     typer.echo(f"Written to {out} and {out.with_suffix('.png')}")
 
 
@@ -248,7 +443,10 @@ def predict(
 def evaluate(
     stream: Annotated[Path, typer.Argument(help="AV1 stream whose coded types are the truth")],
     run_dir: Models = Path("runs/demo"),
-    video: Annotated[Optional[Path], typer.Option(help=".y4m source of the stream; the decoder's pixels if not given")] = None,
+    video: Annotated[
+        Optional[Path],
+        typer.Option(help=".y4m source of the stream; the decoder's pixels if not given"),
+    ] = None,
 ):
     "Compare predictions with the types that an encoder chose in a stream."
     import numpy as np
@@ -260,40 +458,82 @@ def evaluate(
     names = [ptype.name for ptype in PartitionType]
     true, decided, confidence = [], [], []
     for frame in streams.read_trees(stream):
-        if frame.frame_type != 0 or frame.index < 0: continue
+        if frame.frame_type != 0 or frame.index < 0:
+            continue
         nodes = frame.nodes()
         nodes = nodes[(nodes["size"] == 16) & is_inside(nodes, frame.width, frame.height)]
         luma = frame.luma if video is None else raw.read_video(video, frames=[frame.index])[0]
-        if luma.shape != (frame.height, frame.width): raise ValueError(f"{video} is {luma.shape[1]}×{luma.shape[0]}, but frame {frame.index} of {stream} is {frame.width}×{frame.height}")
-        if frame.bit_depth == 8 and video is None: luma = luma.astype(np.uint16) << 2
+        if luma.shape != (frame.height, frame.width):
+            raise ValueError(
+                f"{video} is {luma.shape[1]}×{luma.shape[0]}, but frame {frame.index} of {stream}"
+                f" is {frame.width}×{frame.height}"
+            )
+        if frame.bit_depth == 8 and video is None:
+            luma = luma.astype(np.uint16) << 2
         blocks = raw.extract_blocks(luma, nodes["row"].to_numpy(), nodes["col"].to_numpy(), 16)
-        found = pipeline.predict(torch.from_numpy(blocks[:, None]), qps=torch.from_numpy(nodes["qindex"].to_numpy(np.int64)))
+        found = pipeline.predict(
+            torch.from_numpy(blocks[:, None]),
+            qps=torch.from_numpy(nodes["qindex"].to_numpy(np.int64)),
+        )
         true.append(nodes["type"].to_numpy())
         decided.append(found.types)
-    if not true or not sum(map(len, true)): raise ValueError(f"{stream} has no intra frame with a 16×16 node inside the picture")
+    if not true or not sum(map(len, true)):
+        raise ValueError(f"{stream} has no intra frame with a 16×16 node inside the picture")
     true, decided = np.concatenate(true), np.concatenate(decided)
     report = metrics.classification_report(true, decided, names)
     always = {name: float((true == ptype).mean()) for name, ptype in zip(names, PartitionType)}
     majority = max(always, key=always.get)
     typer.echo(metrics.as_frame(report).round(3).to_string())
-    typer.echo(f"\n{report['blocks']} intra 16×16 nodes: accuracy {report['accuracy']:.3f}, macro-F1 {report['macro_f1']:.3f} over {', '.join(report['classes_in_macro'])}; "
-               f"always {majority}: {always[majority]:.3f}")
+    typer.echo(
+        f"\n{report['blocks']} intra 16×16 nodes: accuracy {report['accuracy']:.3f}, macro-F1"
+        f" {report['macro_f1']:.3f} over {', '.join(report['classes_in_macro'])}; always"
+        f" {majority}: {always[majority]:.3f}"
+    )
 
 # %% ../nbs/19_cli.ipynb #9568b913
 @command
 def encode(
-    video: Annotated[Path, typer.Argument(help="a film or picture that FFmpeg reads, or .yuv (10 bits in 16-bit words, 4:2:0, with --width and --height)")],
+    video: Annotated[
+        Path,
+        typer.Argument(
+            help=(
+                "a film or picture that FFmpeg reads, or .yuv (10 bits in 16-bit words, 4:2:0, with"
+                " --width and --height)"
+            )
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="IVF file to write")],
     speed: Annotated[int, typer.Option(min=0, max=4, help="libaom's preset (cpu-used)")] = 1,
-    budget: Annotated[float, typer.Option(help="BD-rate in percent that may be lost, by the validation pictures")] = 1.0,
-    cq_level: Annotated[int, typer.Option(min=0, max=63, help="constant quality level, 0 is best")] = 32,
-    frames: Annotated[int, typer.Option(min=0, help="so many frames from the beginning, 0: all")] = 0,
+    budget: Annotated[
+        float, typer.Option(help="BD-rate in percent that may be lost, by the validation pictures")
+    ] = 1.0,
+    cq_level: Annotated[
+        int, typer.Option(min=0, max=63, help="constant quality level, 0 is best")
+    ] = 32,
+    frames: Annotated[
+        int, typer.Option(min=0, help="so many frames from the beginning, 0: all")
+    ] = 0,
     width: Annotated[Optional[int], typer.Option(help="width of a .yuv video in pixels")] = None,
     height: Annotated[Optional[int], typer.Option(help="height of a .yuv video in pixels")] = None,
-    weights: Annotated[Optional[Path], typer.Option(help="checkpoint of a joint network; the shipped one, trained on regret, if not given")] = None,
-    policies: Annotated[Optional[Path], typer.Option(help="tuned policies; the shipped ones if not given")] = None,
-    compare: Annotated[bool, typer.Option(help="encode without help, too, and say what was saved")] = True,
-    all_quantisers: Annotated[bool, typer.Option("--all-quantisers", help="measure the BD-rate of this video over cq levels 20, 32, 43, 55 (eight encodes)")] = False,
+    weights: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="checkpoint of a joint network; the shipped one, trained on regret, if not given"
+        ),
+    ] = None,
+    policies: Annotated[
+        Optional[Path], typer.Option(help="tuned policies; the shipped ones if not given")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option(help="encode without help, too, and say what was saved")
+    ] = True,
+    all_quantisers: Annotated[
+        bool,
+        typer.Option(
+            "--all-quantisers",
+            help="measure the BD-rate of this video over cq levels 20, 32, 43, 55 (eight encodes)",
+        ),
+    ] = False,
 ):
     "Encode a video all intra with predicted partitions, faster, within a BD-rate budget."
     from av1nb import encoder, joint
@@ -303,20 +543,58 @@ def encode(
     planes = encoder.read_planes(video, frames, width, height)
     predictor = joint.JointPredictor.load(weights or encoder.shipped_weights())
     lumas = [luma for luma, _, _ in planes]
-    typer.echo(f"{len(planes)} frame{'s' * (len(planes) != 1)} of {lumas[0].shape[1]}×{lumas[0].shape[0]}; policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation pictures")
+    typer.echo(
+        f"{len(planes)} frame{'s' * (len(planes) != 1)} of {lumas[0].shape[1]}×{lumas[0].shape[0]};"
+        f" policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation pictures"
+    )
 
     def both(level, path=None):
         masks, seconds = encoder.predict_masks(predictor, lumas, encoder.qindex_of(level), policy)
-        return (encoder.encode_masked(planes, masks, cq_level=level, cpu_used=speed, prediction=seconds, path=path, encoder=library),
-                encoder.encode_masked(planes, cq_level=level, cpu_used=speed, encoder=library) if compare or all_quantisers else None)
+        return (
+            encoder.encode_masked(
+                planes,
+                masks,
+                cq_level=level,
+                cpu_used=speed,
+                prediction=seconds,
+                path=path,
+                encoder=library,
+            ),
+            (
+                encoder.encode_masked(planes, cq_level=level, cpu_used=speed, encoder=library)
+                if compare or all_quantisers
+                else None
+            ),
+        )
 
     ours, stock = both(cq_level, out)
     rows = {"predicted": ours} | ({"stock": stock} if stock else {})
-    typer.echo(pd.DataFrame({name: {"bytes": r.bytes, "PSNR-Y": round(r.psnr, 3), "SSIM": round(r.ssim, 5), "encoder, CPU s": round(r.user, 2), "prediction, CPU s": round(r.prediction, 2)} for name, r in rows.items()}).T.to_string())
-    if stock: typer.echo(f"{1 - ours.total / stock.user:.1%} of the stock encoder's time saved, prediction included; {ours.bytes / stock.bytes - 1:+.2%} bytes, {ours.psnr - stock.psnr:+.3f} dB")
+    typer.echo(
+        pd.DataFrame({
+            name: {
+                "bytes": r.bytes,
+                "PSNR-Y": round(r.psnr, 3),
+                "SSIM": round(r.ssim, 5),
+                "encoder, CPU s": round(r.user, 2),
+                "prediction, CPU s": round(r.prediction, 2),
+            }
+            for name, r in rows.items()
+        }).T.to_string()
+    )
+    if stock:
+        typer.echo(
+            f"{1 - ours.total / stock.user:.1%} of the stock encoder's time saved, prediction"
+            f" included; {ours.bytes / stock.bytes - 1:+.2%} bytes,"
+            f" {ours.psnr - stock.psnr:+.3f} dB"
+        )
     if all_quantisers:
         pairs = [(ours, stock) if level == cq_level else both(level) for level in (20, 32, 43, 55)]
-        typer.echo(f"BD-rate {encoder.bd_rate([s for _, s in pairs], [o for o, _ in pairs]):+.2f} % over cq levels 20, 32, 43, 55, in {sum(o.total for o, _ in pairs) / sum(s.user for _, s in pairs):.2f} of the stock time")
+        typer.echo(
+            f"BD-rate {encoder.bd_rate([s for _, s in pairs], [o for o, _ in pairs]):+.2f} % over"
+            " cq levels 20, 32, 43, 55, in"
+            f" {sum(o.total for o, _ in pairs) / sum(s.user for _, s in pairs):.2f} of the stock"
+            " time"
+        )
     typer.echo(f"Written to {out}")
 
 # %% ../nbs/19_cli.ipynb #1206fd13
@@ -325,45 +603,56 @@ def _check_python():
 
 
 def _check_package(name):
-    try: module = importlib.import_module(name)
-    except Exception as error: return False, f"{type(error).__name__}: {error}"
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        return False, f"{type(error).__name__}: {error}"
     return True, getattr(module, "__version__", "")
 
 
 def _check_torchvision():
     from av1nb.backbones import import_torchvision
+
     return True, import_torchvision().__version__
 
 
 def _check_libaom():
     from av1nb import streams
+
     library = streams.load_libaom()
     return True, f"{library.version} ({library.source})"
 
 
 def _check_encoder():
     from av1nb import encoder
+
     library = encoder.load_encoder()
     return True, f"{library.version} ({library.path})"
 
 
 def _check_sample():
     from av1nb import sample
+
     return True, f"{len(sample.load_sample())} pictures"
 
 
 def _check_svt():
     import av
+
     return "libsvtav1" in av.codecs_available, "libsvtav1 of PyAV"
 
 
 def _check_cuda():
     import torch
-    return torch.cuda.is_available(), torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+
+    return torch.cuda.is_available(), (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    )
 
 
 def _check_imagenet():
     import torch
+
     found = sorted(Path(torch.hub.get_dir(), "checkpoints").glob("resnet18-*.pth"))
     return bool(found), str(found[0]) if found else "not in the cache"
 
@@ -376,16 +665,76 @@ def _check_program(name):
 # what, how to look, whether the core needs it, what its absence disables, how to get it
 PARTS = (
     ("Python", _check_python, True, "everything", "install Python 3.11"),
-    *((name, functools.partial(_check_package, name), True, "everything", "make install") for name in ("torch", "numpy", "pandas", "sklearn", "papermill", "av", "imagecodecs", "numba")),
+    *(
+        (name, functools.partial(_check_package, name), True, "everything", "make install")
+        for name in (
+            "torch",
+            "numpy",
+            "pandas",
+            "sklearn",
+            "papermill",
+            "av",
+            "imagecodecs",
+            "numba",
+        )
+    ),
     ("torchvision", _check_torchvision, True, "the v6 backbone", "make install"),
-    ("libaom", _check_libaom, True, "labels from streams, encoding", "pip install imagecodecs, or set AV1NB_LIBAOM to a libaom shared library"),
-    ("libaom with hook", _check_encoder, False, "the closed loop: encoding with predicted partitions", "make encoder, or set AV1NB_ENCODER to such a library"),
-    ("sample", _check_sample, True, "make demo", "take the whole repository, or rebuild it with make sample"),
-    ("SVT-AV1 encoder", _check_svt, False, "the test with a second encoder", "a PyAV wheel built with libsvtav1"),
-    ("CUDA", _check_cuda, False, "training on a GPU; everything runs on the CPU", "an NVIDIA GPU and a CUDA build of torch"),
-    ("ImageNet weights", _check_imagenet, False, "pretrained='imagenet' without a network", "run once with a network, or pass pretrained=/path/to/resnet18.pth"),
-    ("aomenc", functools.partial(_check_program, "aomenc"), False, "the tests that compare our encodes with aomenc's", "apt-get install aom-tools"),
-    ("Quarto", functools.partial(_check_program, "quarto"), False, "nothing: make docs renders with smalldocs instead", "quarto.org"),
+    (
+        "libaom",
+        _check_libaom,
+        True,
+        "labels from streams, encoding",
+        "pip install imagecodecs, or set AV1NB_LIBAOM to a libaom shared library",
+    ),
+    (
+        "libaom with hook",
+        _check_encoder,
+        False,
+        "the closed loop: encoding with predicted partitions",
+        "make encoder, or set AV1NB_ENCODER to such a library",
+    ),
+    (
+        "sample",
+        _check_sample,
+        True,
+        "make demo",
+        "take the whole repository, or rebuild it with make sample",
+    ),
+    (
+        "SVT-AV1 encoder",
+        _check_svt,
+        False,
+        "the test with a second encoder",
+        "a PyAV wheel built with libsvtav1",
+    ),
+    (
+        "CUDA",
+        _check_cuda,
+        False,
+        "training on a GPU; everything runs on the CPU",
+        "an NVIDIA GPU and a CUDA build of torch",
+    ),
+    (
+        "ImageNet weights",
+        _check_imagenet,
+        False,
+        "pretrained='imagenet' without a network",
+        "run once with a network, or pass pretrained=/path/to/resnet18.pth",
+    ),
+    (
+        "aomenc",
+        functools.partial(_check_program, "aomenc"),
+        False,
+        "the tests that compare our encodes with aomenc's",
+        "apt-get install aom-tools",
+    ),
+    (
+        "Quarto",
+        functools.partial(_check_program, "quarto"),
+        False,
+        "nothing: make docs renders with smalldocs instead",
+        "quarto.org",
+    ),
 )
 
 
@@ -393,9 +742,18 @@ def examine() -> pd.DataFrame:  # part, ok, found, needed, disables, get
     "Look for every part; a check that fails counts as missing, with its message."
     rows = []
     for part, look, needed, disables, get in PARTS:
-        try: ok, found = look()
-        except (ImportError, OSError, RuntimeError, ValueError) as error: ok, found = False, str(error)
-        rows.append({"part": part, "ok": ok, "found": found, "needed": needed, "disables": disables, "get": get})
+        try:
+            ok, found = look()
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            ok, found = False, str(error)
+        rows.append({
+            "part": part,
+            "ok": ok,
+            "found": found,
+            "needed": needed,
+            "disables": disables,
+            "get": get,
+        })
     return pd.DataFrame(rows)
 
 
@@ -404,10 +762,16 @@ def doctor():
     "Say what is installed, what each missing part disables, and how to get it."
     table = examine()
     for row in table.itertuples():
-        typer.echo(f"{'ok     ' if row.ok else 'MISSING' if row.needed else 'absent '}  {row.part:18} {row.found}")
-        if not row.ok: typer.echo(f"{'':9}disables: {row.disables}\n{'':9}to get it: {row.get}")
-    if not table.ok[table.needed].all(): raise RuntimeError("a part that everything needs is missing, see above")
+        typer.echo(
+            f"{'ok     ' if row.ok else 'MISSING' if row.needed else 'absent '}  {row.part:18}"
+            f" {row.found}"
+        )
+        if not row.ok:
+            typer.echo(f"{'':9}disables: {row.disables}\n{'':9}to get it: {row.get}")
+    if not table.ok[table.needed].all():
+        raise RuntimeError("a part that everything needs is missing, see above")
 
 # %% ../nbs/19_cli.ipynb #40f11294
-#| eval: false
-if __name__ == "__main__": app()
+# | eval: false
+if __name__ == "__main__":
+    app()

@@ -27,12 +27,35 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from .partitions import mi_arrays
-from .sample import (LEAST_FACTOR, Picture, SampleError, load_sample, markdown_table, node_counts, planes_from_rgb, planes_from_ycbcr,
-                     read_manifest, resize_plane, sha256, write_sample)
-from .streams import CQ_FOR_QINDEX, encode, load_libaom, make_folder, read_trees, replace_folder, write_bytes
+from av1nb.sample import (
+    LEAST_FACTOR,
+    Picture,
+    SampleError,
+    load_sample,
+    markdown_table,
+    node_counts,
+    planes_from_rgb,
+    planes_from_ycbcr,
+    read_manifest,
+    resize_plane,
+    sha256,
+    write_sample,
+)
+from av1nb.streams import (
+    CQ_FOR_QINDEX,
+    encode,
+    load_libaom,
+    make_folder,
+    read_trees,
+    replace_folder,
+    write_bytes,
+)
 
 # %% ../nbs/13_corpus.ipynb #99ea9196
-VIDEO_SUFFIXES = frozenset(".avi .flv .ivf .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .obu .ogv .ts .webm .wmv .y4m".split())
+VIDEO_SUFFIXES = frozenset(
+    ".avi .flv .ivf .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .obu .ogv .ts .webm .wmv .y4m"
+    .split()
+)
 
 
 def kind_of(
@@ -41,7 +64,8 @@ def kind_of(
     "Which kind of source a file is, by the ending of its name."
     Image.init()
     suffix = Path(path).suffix.lower()
-    if suffix in VIDEO_SUFFIXES: return "video"
+    if suffix in VIDEO_SUFFIXES:
+        return "video"
     return "picture" if Image.registered_extensions().get(suffix) in Image.OPEN else None
 
 # %% ../nbs/13_corpus.ipynb #503668b9
@@ -50,60 +74,98 @@ def _read_picture(path):
         image.load()
         deep, grey = image.mode.startswith("I;16"), image.mode in ("1", "L", "LA")
         image = ImageOps.exif_transpose(image)
-        if not deep: return np.asarray(image.convert("L" if grey else "RGB"))
+        if not deep:
+            return np.asarray(image.convert("L" if grey else "RGB"))
         luma = np.rint(64 + 876 / 65535 * np.asarray(image, np.float64)).astype(np.uint16)
     return luma, *2 * (np.full([(side + 1) // 2 for side in luma.shape], 512, np.uint16),)
 
 
 def _film_planes(frame):
-    narrow = "yuvj" not in frame.format.name and frame.color_range != av.video.reformatter.ColorRange.JPEG
+    narrow = (
+        "yuvj" not in frame.format.name
+        and frame.color_range != av.video.reformatter.ColorRange.JPEG
+    )
     bits = max(component.bits for component in frame.format.components)
-    if bits == 8 and not (frame.format.name == "yuv420p" and narrow): return frame.to_ndarray(format="rgb24")
-    if bits > 8: frame = frame.reformat(format="yuv420p10le", dst_color_range="MPEG")
+    if bits == 8 and not (frame.format.name == "yuv420p" and narrow):
+        return frame.to_ndarray(format="rgb24")
+    if bits > 8:
+        frame = frame.reformat(format="yuv420p10le", dst_color_range="MPEG")
     dtype = np.dtype(np.uint8 if bits == 8 else np.uint16)
-    return tuple(np.frombuffer(p, dtype).reshape(-1, p.line_size // dtype.itemsize)[:p.height, :p.width].copy() for p in frame.planes)
+    return tuple(
+        np.frombuffer(p, dtype)
+        .reshape(-1, p.line_size // dtype.itemsize)[: p.height, : p.width]
+        .copy()
+        for p in frame.planes
+    )
 
 
 def _read_film(path, frames):
     with av.open(str(path)) as container:
-        if not container.streams.video: raise ValueError("it has no video track")
+        if not container.streams.video:
+            raise ValueError("it has no video track")
         total = sum(packet.size > 0 for packet in container.demux(video=0))
     numbers = sorted({int((k + 0.5) * total / frames) for k in range(frames)}) if total else []
     with av.open(str(path)) as container:
-        decoded = enumerate(itertools.islice(container.decode(video=0), numbers[-1] + 1 if numbers else 0))
+        decoded = enumerate(
+            itertools.islice(container.decode(video=0), numbers[-1] + 1 if numbers else 0)
+        )
         found = {number: _film_planes(frame) for number, frame in decoded if number in numbers}
-    if not found: raise ValueError("no frame of it can be decoded")
+    if not found:
+        raise ValueError("no frame of it can be decoded")
     return list(found.values()), list(found)
 
 # %% ../nbs/13_corpus.ipynb #6382a993
 def read_source(
     path: str | os.PathLike,  # picture or film, see `kind_of`
     frames: int = 2,  # how many frames to take of a film, evenly spread
-) -> tuple[list, list[int]]:  # frames and their numbers; a frame is uint8 [H, W] or [H, W, 3], or (Y, U, V) in 4:2:0: uint8, or uint16 of 10 bits
+    # frames and their numbers; a frame is uint8 [H, W] or [H, W, 3], or (Y, U, V) in 4:2:0: uint8,
+    # or
+    # uint16 of 10 bits
+) -> tuple[list, list[int]]:
     """Pixels of a picture or of some frames of a film, as they are stored.
 
-    Raises `ValueError` for a file of another kind and for a film without frames, and whatever Pillow or FFmpeg say of a broken file.
+    Raises `ValueError` for a file of another kind and for a film without frames, and whatever
+    Pillow or FFmpeg say of a broken file.
     """
     kind = kind_of(path)
-    if kind is None: raise ValueError("it is neither a picture nor a film, by the ending of its name")
+    if kind is None:
+        raise ValueError("it is neither a picture nor a film, by the ending of its name")
     return _read_film(path, frames) if kind == "video" else ([_read_picture(path)], [0])
 
 
 def planes_from_ten_bit(
-    planes: Sequence[np.ndarray],  # Y [rows, columns], U and V [half the rows, half the columns, rounded up], uint16, 0–1023
+    # Y [rows, columns], U and V [half the rows, half the columns, rounded up], uint16, 0–1023
+    planes: Sequence[np.ndarray],
     factor: float = 1.0,  # reduction in each direction, at least 1
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # Y [H, W], U and V [H/2, W/2], uint16, 0–1023; H and W even
-    "10-bit 4:2:0 planes, as they are or smaller. Raises `ValueError` for other types or shapes, for a factor below 1 and for a result below 16×16."
+    # Y [H, W], U and V [H/2, W/2], uint16, 0–1023; H and W even
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """10-bit 4:2:0 planes, as they are or smaller.
+
+    Raises `ValueError` for other types or shapes, for a factor below 1 and for a result below
+    16×16.
+    """
     rows, columns = planes[0].shape
     wanted = [(rows, columns)] + 2 * [((rows + 1) // 2, (columns + 1) // 2)]
-    if [p.shape for p in planes] != wanted or any(p.dtype != np.uint16 or p.max() > 1023 for p in planes):
-        raise ValueError(f"The planes are {[(str(p.dtype), p.shape) for p in planes]}; 10-bit 4:2:0 planes of the shapes {wanted} are needed.")
+    if [p.shape for p in planes] != wanted or any(
+        p.dtype != np.uint16 or p.max() > 1023 for p in planes
+    ):
+        raise ValueError(
+            f"The planes are {[(str(p.dtype), p.shape) for p in planes]}; 10-bit 4:2:0 planes of"
+            f" the shapes {wanted} are needed."
+        )
     height, width = (int(side / factor) // 2 * 2 for side in (rows, columns))
     if factor < 1 or min(height, width) < 16:
-        raise ValueError(f"{columns}×{rows} pixels cannot be reduced by {factor:g}; the factor must be at least 1, and 16×16 pixels must stay.")
+        raise ValueError(
+            f"{columns}×{rows} pixels cannot be reduced by {factor:g}; the factor must be at least"
+            " 1, and 16×16 pixels must stay."
+        )
     sizes = [(height, width)] + 2 * [(height // 2, width // 2)]
-    if factor == 1: return tuple(np.ascontiguousarray(p[:h, :w]) for p, (h, w) in zip(planes, sizes))
-    return tuple(np.clip(np.rint(resize_plane(p, h, w, factor)), 0, 1023).astype(np.uint16) for p, (h, w) in zip(planes, sizes))
+    if factor == 1:
+        return tuple(np.ascontiguousarray(p[:h, :w]) for p, (h, w) in zip(planes, sizes))
+    return tuple(
+        np.clip(np.rint(resize_plane(p, h, w, factor)), 0, 1023).astype(np.uint16)
+        for p, (h, w) in zip(planes, sizes)
+    )
 
 # %% ../nbs/13_corpus.ipynb #18695384
 _BLOCK = 16  # crops start at multiples of it, and texture is measured in blocks of it
@@ -113,13 +175,20 @@ def choose_crops(
     luma: np.ndarray,  # [H, W], at least 16×16
     crop: int = 384,  # side of a crop in pixels; where the picture is smaller, its side is taken
     crops: int = 1,  # how many at most; fewer where they would overlap
-) -> tuple[list[tuple[int, int]], tuple[int, int]]:  # (row, column) of each crop, and the height and width that all share
+    # (row, column) of each crop, and the height and width that all share
+) -> tuple[list[tuple[int, int]], tuple[int, int]]:
     "Places of the crops of a picture: textured, apart from each other, always the same."
     height, width = (min(side, crop) for side in luma.shape)
     rows, columns = (side // _BLOCK for side in luma.shape)
-    blocks = luma[:rows * _BLOCK, :columns * _BLOCK].reshape(rows, _BLOCK, columns, _BLOCK).astype(float)
+    blocks = (
+        luma[: rows * _BLOCK, : columns * _BLOCK]
+        .reshape(rows, _BLOCK, columns, _BLOCK)
+        .astype(float)
+    )
     activity = np.log2(1 + blocks.std(axis=(1, 3)))
-    score = np.lib.stride_tricks.sliding_window_view(activity, (height // _BLOCK, width // _BLOCK)).mean(axis=(2, 3))
+    score = np.lib.stride_tricks.sliding_window_view(
+        activity, (height // _BLOCK, width // _BLOCK)
+    ).mean(axis=(2, 3))
     row, column = np.indices(score.shape) * _BLOCK
     chosen, diagonal = [], np.hypot(*luma.shape)
     while len(chosen) < crops:
@@ -127,8 +196,11 @@ def choose_crops(
         for r, c in chosen:
             free &= (abs(row - r) >= height) | (abs(column - c) >= width)
             distance = np.minimum(distance, np.hypot(row - r, column - c))
-        if not free.any(): break
-        best = np.where(free, score / max(score.max(), 1e-9) + 0.5 * distance / diagonal, -1).argmax()
+        if not free.any():
+            break
+        best = np.where(
+            free, score / max(score.max(), 1e-9) + 0.5 * distance / diagonal, -1
+        ).argmax()
         chosen.append((int(row.flat[best]), int(column.flat[best])))
     return chosen, (height, width)
 
@@ -136,25 +208,42 @@ def choose_crops(
 def prepare(
     path: str | os.PathLike,  # picture or film
     max_pixels: int = 1_300_000,  # a larger picture is reduced to about this
-    factor: float | None = None,  # reduction in each direction; None: 1.5 (1 for sources of 10 bits or more), or what max_pixels asks for
+    # reduction in each direction; None: 1.5 (1 for sources of 10 bits or more), or what max_pixels
+    # asks for
+    factor: float | None = None,
     crop: int = 384,  # side of a crop in pixels
     crops: int = 1,  # crops a frame, at most
     frames: int = 2,  # frames of a film
-) -> tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], dict]:  # (Y, U, V) of each crop, uint16; facts: factor, crops, frames
-    """10-bit 4:2:0 planes of the crops of a picture, or of frames of a film (crops at the same places in each).
+    # (Y, U, V) of each crop, uint16; facts: factor, crops, frames
+) -> tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], dict]:
+    """10-bit 4:2:0 planes of the crops of a picture, or of frames of a film (crops at the same
+    places in each).
 
     Raises as `read_source`, `planes_from_rgb`, `planes_from_ycbcr` and `planes_from_ten_bit` do.
     """
     sources, numbers = read_source(path, frames)
     ten_bit = isinstance(sources[0], tuple) and sources[0][0].dtype == np.uint16
     rows, columns = (sources[0][0] if isinstance(sources[0], tuple) else sources[0]).shape[:2]
-    if factor is None: factor = max(1.0 if ten_bit else LEAST_FACTOR, float(np.sqrt(rows * columns / max_pixels)))
-    reduce = planes_from_ten_bit if ten_bit else planes_from_ycbcr if isinstance(sources[0], tuple) else planes_from_rgb
+    if factor is None:
+        factor = max(1.0 if ten_bit else LEAST_FACTOR, float(np.sqrt(rows * columns / max_pixels)))
+    reduce = (
+        planes_from_ten_bit
+        if ten_bit
+        else planes_from_ycbcr if isinstance(sources[0], tuple) else planes_from_rgb
+    )
     planes = [reduce(source, factor) for source in sources]
-    if len({p[0].shape for p in planes}) > 1: raise ValueError("its frames differ in size")
+    if len({p[0].shape for p in planes}) > 1:
+        raise ValueError("its frames differ in size")
     places, (height, width) = choose_crops(planes[0][0], crop, crops)
     height, width = height // 2 * 2, width // 2 * 2
-    cut = [tuple(np.ascontiguousarray(p[r // k:(r + height) // k, c // k:(c + width) // k]) for p, k in zip(picture, (1, 2, 2))) for picture in planes for r, c in places]
+    cut = [
+        tuple(
+            np.ascontiguousarray(p[r // k : (r + height) // k, c // k : (c + width) // k])
+            for p, k in zip(picture, (1, 2, 2))
+        )
+        for picture in planes
+        for r, c in places
+    ]
     return cut, dict(factor=factor, crops=places, frames=numbers, rows=rows, columns=columns)
 
 # %% ../nbs/13_corpus.ipynb #60d576a9
@@ -165,22 +254,35 @@ def thumbnail(
     frame: np.ndarray | tuple,  # a frame as `read_source` gives it, or a luma plane [H, W]
 ) -> np.ndarray:  # float32 [16, 16]: 0 darkest to 1 brightest; all 0 for a picture of a single grey
     "Mean brightness in 16×16 parts of a picture, stretched."
-    luma = frame[0] if isinstance(frame, tuple) else frame if frame.ndim == 2 else frame.mean(axis=2)
-    small = np.asarray(Image.fromarray(np.ascontiguousarray(luma, np.float32)).resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX))
+    luma = (
+        frame[0] if isinstance(frame, tuple) else frame if frame.ndim == 2 else frame.mean(axis=2)
+    )
+    small = np.asarray(
+        Image.fromarray(np.ascontiguousarray(luma, np.float32)).resize(
+            (_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX
+        )
+    )
     return (small - small.min()) / max(float(np.ptp(small)), 1e-9)
 
 
 def fingerprint(
     thumbnail: np.ndarray,  # [16, 16]
 ) -> np.ndarray:  # float64 [480], of length 1; all 0 for a picture of a single grey
-    "Differences between neighbours of a thumbnail. The scalar product of two fingerprints tells how much two pictures are alike."
-    steps = np.concatenate([np.diff(thumbnail, axis=axis).ravel() for axis in (0, 1)]).astype(np.float64)
+    """Differences between neighbours of a thumbnail.
+
+    The scalar product of two fingerprints tells how much two pictures are alike.
+    """
+    steps = np.concatenate([np.diff(thumbnail, axis=axis).ravel() for axis in (0, 1)]).astype(
+        np.float64
+    )
     return steps / max(np.linalg.norm(steps), 1e-9)
 
 
 def _most_alike(prints, known):
     "Name and likeness of the known source that is most like one of these fingerprints."
-    scores = {name: float((np.stack(prints) @ np.stack(others).T).max()) for name, others in known.items()}
+    scores = {
+        name: float((np.stack(prints) @ np.stack(others).T).max()) for name, others in known.items()
+    }
     best = max(scores, key=scores.get, default=None)
     return best, scores.get(best, -1.0)
 
@@ -193,36 +295,73 @@ def label(
     pictures: Sequence[tuple],  # (Y, U, V) of frames of one size, uint16, 10 bits
     qindexes: Sequence[int] = (80, 128, 172, 220),  # quantisers; each must be in `CQ_FOR_QINDEX`
     cpu_used: int = 1,  # speed preset of libaom, 0 (slowest) to 9
-) -> tuple[dict[int, pd.DataFrame], dict[int, dict]]:  # by qindex: node table, sizes 64 to 8; sha256, bytes and cq_level of the stream
-    "Encode pictures all-intra and read the trees back. Raises as `encode` does, and `CorpusError` if a tree is not what was asked for."
+    # by qindex: node table, sizes 64 to 8; sha256, bytes and cq_level of the stream
+) -> tuple[dict[int, pd.DataFrame], dict[int, dict]]:
+    """Encode pictures all-intra and read the trees back.
+
+    Raises as `encode` does, and `CorpusError` if a tree is not what was asked for.
+    """
     nodes, streams = {}, {}
     height, width = pictures[0][0].shape
     with tempfile.TemporaryDirectory(prefix="av1nb-") as folder:
         for qindex in qindexes:
             path = Path(folder) / f"q{qindex:03d}.ivf"
-            encode(pictures, path, mode="allintra", cq_level=CQ_FOR_QINDEX[qindex], cpu_used=cpu_used, bit_depth=10, options={"sb-size": 64}, threads=1)
+            encode(
+                pictures,
+                path,
+                mode="allintra",
+                cq_level=CQ_FOR_QINDEX[qindex],
+                cpu_used=cpu_used,
+                bit_depth=10,
+                options={"sb-size": 64},
+                threads=1,
+            )
             trees = list(read_trees(path, luma=False))
             table = pd.concat([tree.nodes(min_size=8) for tree in trees], ignore_index=True)
-            if [t.index for t in trees] != list(range(len(pictures))) or any((t.sb_size, t.frame_type, t.width, t.height) != (64, 0, width, height) for t in trees):
-                raise CorpusError(f"The stream at qindex {qindex} does not hold {len(pictures)} intra frames of {width}×{height} with superblocks of 64×64.")
-            if (other := table["qindex"] != qindex).any(): raise CorpusError(f"The stream that was to have qindex {qindex} has a node with {table['qindex'][other].iloc[0]}.")
-            for _, tree in table.groupby("frame"): mi_arrays(tree, width, height)
+            if [t.index for t in trees] != list(range(len(pictures))) or any(
+                (t.sb_size, t.frame_type, t.width, t.height) != (64, 0, width, height)
+                for t in trees
+            ):
+                raise CorpusError(
+                    f"The stream at qindex {qindex} does not hold {len(pictures)} intra frames of"
+                    f" {width}×{height} with superblocks of 64×64."
+                )
+            if (other := table["qindex"] != qindex).any():
+                raise CorpusError(
+                    f"The stream that was to have qindex {qindex} has a node with"
+                    f" {table['qindex'][other].iloc[0]}."
+                )
+            for _, tree in table.groupby("frame"):
+                mi_arrays(tree, width, height)
             data = path.read_bytes()
-            nodes[qindex], streams[qindex] = table, dict(cq_level=CQ_FOR_QINDEX[qindex], bytes=len(data), sha256=sha256(data))
+            nodes[qindex], streams[qindex] = table, dict(
+                cq_level=CQ_FOR_QINDEX[qindex], bytes=len(data), sha256=sha256(data)
+            )
     return nodes, streams
 
 # %% ../nbs/13_corpus.ipynb #662c68aa
 _FORMAT = "av1nb corpus 1"
 _ABOUT = ("title", "author", "licence", "package")
-_SETTINGS = {"mode": "all intra", "end usage": "constant quality", "bit depth": 10, "threads": 1, "sb-size": 64}
+_SETTINGS = {
+    "mode": "all intra",
+    "end usage": "constant quality",
+    "bit depth": 10,
+    "threads": 1,
+    "sb-size": 64,
+}
 
 
 def _read_json(path):
-    try: return json.loads(path.read_bytes())
-    except ValueError as error: raise CorpusError(f"{path} is damaged ({error}). Delete the folder and build the corpus again.") from error
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CorpusError(
+            f"{path} is damaged ({error}). Delete the folder and build the corpus again."
+        ) from error
 
 
-def _write_json(path, content): write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+def _write_json(path, content):
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _sources(inputs, out):
@@ -230,17 +369,31 @@ def _sources(inputs, out):
     found = {}
     for given in [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs:
         given = Path(given)
-        if not given.exists(): raise FileNotFoundError(f"{given} does not exist; give a folder of pictures and films, or a single one.")
-        for path in sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given]:
+        if not given.exists():
+            raise FileNotFoundError(
+                f"{given} does not exist; give a folder of pictures and films, or a single one."
+            )
+        for path in (
+            sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given]
+        ):
             name = path.relative_to(given) if given.is_dir() else Path(path.name)
-            if any(part.startswith(".") for part in name.parts) or path.resolve().is_relative_to(out.resolve()): continue
-            if name.as_posix() in found: raise ValueError(f"{found[name.as_posix()]} and {path} have the same name relative to their folders; give the folder above both.")
+            if any(part.startswith(".") for part in name.parts) or path.resolve().is_relative_to(
+                out.resolve()
+            ):
+                continue
+            if name.as_posix() in found:
+                raise ValueError(
+                    f"{found[name.as_posix()]} and {path} have the same name relative to their"
+                    " folders; give the folder above both."
+                )
             found[name.as_posix()] = path
-    if not found: raise ValueError(f"There is no file in {inputs}.")
+    if not found:
+        raise ValueError(f"There is no file in {inputs}.")
     return found
 
 
-def _slug(file): return re.sub(r"[^a-z0-9]+", "_", str(Path(file).with_suffix("")).lower()).strip("_")[:80]
+def _slug(file):
+    return re.sub(r"[^a-z0-9]+", "_", str(Path(file).with_suffix("")).lower()).strip("_")[:80]
 
 
 def _names(files, finished):
@@ -248,57 +401,115 @@ def _names(files, finished):
     names = {origin["file"]: name for name, origin in finished.items()}
     taken = set(names.values())
     for file in sorted(files):
-        if file in names: continue
+        if file in names:
+            continue
         name = _slug(file)
-        if not name or name in taken: name = f"{name or 'picture'}_{sha256(file.encode())[:8]}"
+        if not name or name in taken:
+            name = f"{name or 'picture'}_{sha256(file.encode())[:8]}"
         names[file] = name
         taken.add(name)
     return names
 
 
-def _reason(error, path): return f"{type(error).__name__}: {error}".replace(str(path), path.name).strip().rstrip(".").replace("\n", " ")
+def _reason(error, path):
+    return (
+        f"{type(error).__name__}: {error}".replace(str(path), path.name)
+        .strip()
+        .rstrip(".")
+        .replace("\n", " ")
+    )
 
 
 def _look(path, known_sha256, frames):
-    "Hash, size and thumbnails of a source; only the hash if it is the known one; a reason if it cannot be read."
+    """Hash, size and thumbnails of a source; only the hash if it is the known one; a reason if it
+    cannot be read.
+    """
     try:
-        with open(path, "rb") as file: digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest == known_sha256: return dict(sha256=digest)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest == known_sha256:
+            return dict(sha256=digest)
         read, _ = read_source(path, frames)
-    except MemoryError: raise
-    except Exception as error: return dict(reason=_reason(error, path))  # whatever a decoder says of a broken file
+    except MemoryError:
+        raise
+    # whatever a decoder says of a broken file
+    except Exception as error:
+        return dict(reason=_reason(error, path))
     thumbnails = [thumbnail(frame) for frame in read]
-    if not all(t.any() for t in thumbnails): return dict(reason="it shows a single grey and nothing else")
-    return dict(sha256=digest, pixels=int(np.prod((read[0][0] if isinstance(read[0], tuple) else read[0]).shape[:2])), thumbnails=thumbnails)
+    if not all(t.any() for t in thumbnails):
+        return dict(reason="it shows a single grey and nothing else")
+    return dict(
+        sha256=digest,
+        pixels=int(np.prod((read[0][0] if isinstance(read[0], tuple) else read[0]).shape[:2])),
+        thumbnails=thumbnails,
+    )
 
 
 def _about_picture(name, file, about):
-    return dict(title=about["title"] or Path(file).stem, author=about["author"], licence=about["licence"],
-                source=f"{about['package']}, {file}" if about["package"] else file)
+    return dict(
+        title=about["title"] or Path(file).stem,
+        author=about["author"],
+        licence=about["licence"],
+        source=f"{about['package']}, {file}" if about["package"] else file,
+    )
 
 
 def _build_picture(path, out, name, file, seen, about, options, libaom):
     "Make one picture of a corpus; a reason if its pixels cannot be used."
-    try: frames, facts = prepare(path, **{k: options[k] for k in ("max_pixels", "factor", "crop", "crops", "frames")})
-    except MemoryError: raise
-    except Exception as error: return _reason(error, path)
+    try:
+        frames, facts = prepare(
+            path, **{k: options[k] for k in ("max_pixels", "factor", "crop", "crops", "frames")}
+        )
+    except MemoryError:
+        raise
+    except Exception as error:
+        return _reason(error, path)
     nodes, streams = label(frames, options["qindexes"], options["cpu_used"])
     height, width = frames[0][0].shape
     kind = kind_of(path)
-    how = f"{facts['columns']}×{facts['rows']} reduced by {facts['factor']:.4g}; {width}×{height} at (row, column) {', '.join(map(str, facts['crops']))}"
-    if kind == "video": how += f"; frames {', '.join(map(str, facts['frames']))}"
-    picture = Picture(name=name, **_about_picture(name, file, about), preparation=how, luma=np.stack([y for y, _, _ in frames]), nodes=nodes,
-                      streams=streams, source_sha256=seen["sha256"])
-    origin = dict(file=file, kind=kind, package=about["package"], sha256=seen["sha256"], **facts,
-                  thumbnails=[np.rint(65535 * t).astype("<u2").tobytes().hex() for t in seen["thumbnails"]])
-    _write_picture(picture, dict(library="libaom", version=libaom, options={**_SETTINGS, "cpu-used": options["cpu_used"]},
-                                 cq_levels={str(q): CQ_FOR_QINDEX[q] for q in options["qindexes"]}, rebuild="av1nb.corpus.build_corpus", origin=origin), out)
+    how = (
+        f"{facts['columns']}×{facts['rows']} reduced by {facts['factor']:.4g}; {width}×{height} at"
+        f" (row, column) {', '.join(map(str, facts['crops']))}"
+    )
+    if kind == "video":
+        how += f"; frames {', '.join(map(str, facts['frames']))}"
+    picture = Picture(
+        name=name,
+        **_about_picture(name, file, about),
+        preparation=how,
+        luma=np.stack([y for y, _, _ in frames]),
+        nodes=nodes,
+        streams=streams,
+        source_sha256=seen["sha256"],
+    )
+    origin = dict(
+        file=file,
+        kind=kind,
+        package=about["package"],
+        sha256=seen["sha256"],
+        **facts,
+        thumbnails=[np.rint(65535 * t).astype("<u2").tobytes().hex() for t in seen["thumbnails"]],
+    )
+    _write_picture(
+        picture,
+        dict(
+            library="libaom",
+            version=libaom,
+            options={**_SETTINGS, "cpu-used": options["cpu_used"]},
+            cq_levels={str(q): CQ_FOR_QINDEX[q] for q in options["qindexes"]},
+            rebuild="av1nb.corpus.build_corpus",
+            origin=origin,
+        ),
+        out,
+    )
 
 
 def _in_parallel(what, jobs, files, tasks):
     "What a task gave for each file."
     done = Parallel(n_jobs=jobs or -1, return_as="generator")(tasks) if files else ()
-    return dict(zip(files, tqdm(done, total=len(files), desc=what, mininterval=5, disable=not files)))
+    return dict(
+        zip(files, tqdm(done, total=len(files), desc=what, mininterval=5, disable=not files))
+    )
 
 
 def _write_picture(picture, encoder, out):
@@ -310,93 +521,187 @@ def _write_picture(picture, encoder, out):
 
 
 def _manifests(folder):
-    try: return {path.name: read_manifest(path) for path in sorted((folder / "pictures").glob("*")) if path.is_dir()}
-    except SampleError as error: raise CorpusError(f"A picture of the corpus is damaged: {error} Delete its folder and build the corpus again.") from error
+    try:
+        return {
+            path.name: read_manifest(path)
+            for path in sorted((folder / "pictures").glob("*"))
+            if path.is_dir()
+        }
+    except SampleError as error:
+        raise CorpusError(
+            f"A picture of the corpus is damaged: {error} Delete its folder and build the corpus"
+            " again."
+        ) from error
 
 
-def _prints(origin): return [fingerprint(np.frombuffer(bytes.fromhex(t), "<u2").reshape(_THUMBNAIL, _THUMBNAIL) / 65535) for t in origin["thumbnails"]]
+def _prints(origin):
+    return [
+        fingerprint(np.frombuffer(bytes.fromhex(t), "<u2").reshape(_THUMBNAIL, _THUMBNAIL) / 65535)
+        for t in origin["thumbnails"]
+    ]
 
 # %% ../nbs/13_corpus.ipynb #cfaed1c5
 def build_corpus(
-    inputs: str | os.PathLike | Sequence,  # a folder of pictures and films (subfolders included), a file, or several of them
+    # a folder of pictures and films (subfolders included), a file, or several of them
+    inputs: str | os.PathLike | Sequence,
     out: str | os.PathLike,  # folder of the corpus; a corpus that is there already is continued
     *,
-    qindexes: Sequence[int] = (80, 128, 172, 220),  # quantisers; the cq-levels of these four are known
+    # quantisers; the cq-levels of these four are known
+    qindexes: Sequence[int] = (80, 128, 172, 220),
     cpu_used: int = 1,  # speed preset of libaom, 0 (slowest) to 9
     max_pixels: int = 1_300_000,  # a larger picture is reduced to about this
-    factor: float | None = None,  # reduction in each direction; None: 1.5 (1 for sources of 10 bits or more), or what max_pixels asks for
+    # reduction in each direction; None: 1.5 (1 for sources of 10 bits or more), or what max_pixels
+    # asks for
+    factor: float | None = None,
     crop: int = 384,  # side of a crop in pixels, a multiple of 64
     crops: int = 1,  # crops of each picture, at most; they are the frames of one sequence
     frames: int = 2,  # frames of each film, evenly spread
-    similarity: float = 0.8,  # from this scalar product of fingerprints on, two sources are the same picture
+    # from this scalar product of fingerprints on, two sources are the same picture
+    similarity: float = 0.8,
     licence: str = "not stated",  # terms of all files that `about` does not name
     author: str = "not stated",  # author of all files that `about` does not name
     package: str = "",  # what carried the files, such as a package with its version
-    about: Mapping[str, Mapping[str, str]] | None = None,  # file name relative to the folder -> title, author, licence, package
+    # file name relative to the folder -> title, author, licence, package
+    about: Mapping[str, Mapping[str, str]] | None = None,
     jobs: int | None = None,  # pictures at a time; None uses all cores
 ) -> pd.DataFrame:  # as `corpus_table` gives it
-    """Turn a folder of pictures and films into a corpus, or continue one. Unusable files and duplicates are left out and listed by `skipped_table`.
+    """Turn a folder of pictures and films into a corpus, or continue one.
 
-    Raises `ValueError` for arguments that make no sense and if there is no usable file, `FileNotFoundError` for an input that is not there, and `CorpusError`
-    for a corpus that was built with other options or is damaged.
+    Unusable files and duplicates are left out and listed by `skipped_table`.
+
+    Raises `ValueError` for arguments that make no sense and if there is no usable file,
+    `FileNotFoundError` for an input that is not there, and `CorpusError` for a corpus that was
+    built with other options or is damaged.
     """
     out, about = Path(out), dict(about or {})
     if unknown := sorted(set(qindexes) - set(CQ_FOR_QINDEX)) or not len(qindexes):
-        raise ValueError(f"qindexes is {tuple(qindexes)}; choose from {', '.join(map(str, CQ_FOR_QINDEX))}.")
+        raise ValueError(
+            f"qindexes is {tuple(qindexes)}; choose from {', '.join(map(str, CQ_FOR_QINDEX))}."
+        )
     for name, value, good, needed in (
-            ("crop", crop, crop >= 64 and crop % 64 == 0, "a multiple of 64"), ("crops", crops, crops >= 1, "at least 1"), ("frames", frames, frames >= 1, "at least 1"),
-            ("max_pixels", max_pixels, max_pixels >= 4096, "at least 4096"), ("factor", factor, factor is None or factor >= 1, "at least 1 (1.5 for 8-bit sources)"),
-            ("similarity", similarity, 0 < similarity <= 1, "a number above 0 and at most 1"), ("cpu_used", cpu_used, 0 <= cpu_used <= 9, "a whole number from 0 to 9")):
-        if not good: raise ValueError(f"{name} is {value}; it must be {needed}.")
+        ("crop", crop, crop >= 64 and crop % 64 == 0, "a multiple of 64"),
+        ("crops", crops, crops >= 1, "at least 1"),
+        ("frames", frames, frames >= 1, "at least 1"),
+        ("max_pixels", max_pixels, max_pixels >= 4096, "at least 4096"),
+        ("factor", factor, factor is None or factor >= 1, "at least 1 (1.5 for 8-bit sources)"),
+        ("similarity", similarity, 0 < similarity <= 1, "a number above 0 and at most 1"),
+        ("cpu_used", cpu_used, 0 <= cpu_used <= 9, "a whole number from 0 to 9"),
+    ):
+        if not good:
+            raise ValueError(f"{name} is {value}; it must be {needed}.")
     libaom = load_libaom().version
-    options = dict(qindexes=sorted(map(int, qindexes)), cpu_used=cpu_used, max_pixels=max_pixels, factor=factor, crop=crop, crops=crops, frames=frames,
-                   similarity=similarity, libaom=libaom)
-    if (out / "corpus.json").is_file(): built = _read_corpus(out)["options"]
-    elif out.is_dir() and any(out.iterdir()): raise CorpusError(f"{out} is not empty and not a corpus. Choose another folder.")
-    else: built = None
+    options = dict(
+        qindexes=sorted(map(int, qindexes)),
+        cpu_used=cpu_used,
+        max_pixels=max_pixels,
+        factor=factor,
+        crop=crop,
+        crops=crops,
+        frames=frames,
+        similarity=similarity,
+        libaom=libaom,
+    )
+    if (out / "corpus.json").is_file():
+        built = _read_corpus(out)["options"]
+    elif out.is_dir() and any(out.iterdir()):
+        raise CorpusError(f"{out} is not empty and not a corpus. Choose another folder.")
+    else:
+        built = None
     finished = {name: manifest["encoder"]["origin"] for name, manifest in _manifests(out).items()}
     if finished and (differing := [key for key in options if built.get(key) != options[key]]):
-        was, now = (", ".join(f"{k} {values.get(k)}" for k in differing) for values in (built, options))
-        raise CorpusError(f"{out} was built with {was}; this call asks for {now}. Choose another folder, or the same options.")
+        was, now = (
+            ", ".join(f"{k} {values.get(k)}" for k in differing) for values in (built, options)
+        )
+        raise CorpusError(
+            f"{out} was built with {was}; this call asks for {now}. Choose another folder, or the"
+            " same options."
+        )
 
     sources = _sources(inputs, out)
-    if strange := sorted(set(about) - set(sources)): raise ValueError(f"about names {strange[0]!r}, which is not among the files of {inputs}.")
+    if strange := sorted(set(about) - set(sources)):
+        raise ValueError(f"about names {strange[0]!r}, which is not among the files of {inputs}.")
     if wrong := sorted({key for entry in about.values() for key in entry} - set(_ABOUT)):
         raise ValueError(f"about has an entry {wrong[0]!r}; it may have {', '.join(_ABOUT)}.")
-    abouts = {file: dict(title="", author=author, licence=licence, package=package) | dict(about.get(file, {})) for file in sources}
+    abouts = {
+        file: (
+            dict(title="", author=author, licence=licence, package=package)
+            | dict(about.get(file, {}))
+        )
+        for file in sources
+    }
 
-    names, by_file = _names(sources, finished), {origin["file"]: origin["sha256"] for origin in finished.values()}
+    names, by_file = _names(sources, finished), {
+        origin["file"]: origin["sha256"] for origin in finished.values()
+    }
 
-    looked = _in_parallel("look", jobs, sources, (delayed(_look)(path, by_file.get(file), frames) for file, path in sources.items()))
-    skipped = {file: dict(reason=seen["reason"], group="") for file, seen in looked.items() if "reason" in seen}
+    looked = _in_parallel(
+        "look",
+        jobs,
+        sources,
+        (delayed(_look)(path, by_file.get(file), frames) for file, path in sources.items()),
+    )
+    skipped = {
+        file: dict(reason=seen["reason"], group="")
+        for file, seen in looked.items()
+        if "reason" in seen
+    }
     waiting = [file for file, seen in looked.items() if "pixels" in seen]
     redone = {names[file] for file in waiting}
-    known = {("the corpus", name): _prints(origin) for name, origin in finished.items() if name not in redone}
-    known |= {("the sample", p.name): [fingerprint(thumbnail(luma)) for luma in p.luma] for p in load_sample()}
+    known = {
+        ("the corpus", name): _prints(origin)
+        for name, origin in finished.items()
+        if name not in redone
+    }
+    known |= {
+        ("the sample", p.name): [fingerprint(thumbnail(luma)) for luma in p.luma]
+        for p in load_sample()
+    }
     chosen = []
     for file in sorted(waiting, key=lambda file: (-looked[file]["pixels"], file)):
         prints = [fingerprint(t) for t in looked[file]["thumbnails"]]
         twin, score = _most_alike(prints, known)
-        if score >= similarity: skipped[file] = dict(reason=f"the same picture as {twin[1]} of {twin[0]} (likeness {score:.3f})", group=twin[1])
+        if score >= similarity:
+            skipped[file] = dict(
+                reason=f"the same picture as {twin[1]} of {twin[0]} (likeness {score:.3f})",
+                group=twin[1],
+            )
         else:
             chosen.append(file)
             known["the corpus", names[file]] = prints
 
     if not finished and not chosen:
         file, entry = next(iter(sorted(skipped.items())))
-        raise ValueError(f"None of the {len(sources)} files in {inputs} can be used; {file}: {entry['reason']}.")
+        raise ValueError(
+            f"None of the {len(sources)} files in {inputs} can be used; {file}: {entry['reason']}."
+        )
     make_folder(out)
-    for left in out.glob(".part-*"): shutil.rmtree(left)  # of a build that was killed
-    if built != options: _write_json(out / "corpus.json", dict(format=_FORMAT, options=options))
-    for file in sources.keys() & by_file.keys() - set(chosen) - skipped.keys(): _update_about(out / "pictures" / names[file], file, abouts[file], out)
+    for left in out.glob(".part-*"):
+        shutil.rmtree(left)  # of a build that was killed
+    if built != options:
+        _write_json(out / "corpus.json", dict(format=_FORMAT, options=options))
+    for file in sources.keys() & by_file.keys() - set(chosen) - skipped.keys():
+        _update_about(out / "pictures" / names[file], file, abouts[file], out)
     chosen.sort()
-    tasks = (delayed(_build_picture)(sources[file], out, names[file], file, looked[file], abouts[file], options, libaom) for file in chosen)
-    skipped |= {file: dict(reason=reason, group="") for file, reason in _in_parallel("pictures", jobs, chosen, tasks).items() if reason}
+    tasks = (
+        delayed(_build_picture)(
+            sources[file], out, names[file], file, looked[file], abouts[file], options, libaom
+        )
+        for file in chosen
+    )
+    skipped |= {
+        file: dict(reason=reason, group="")
+        for file, reason in _in_parallel("pictures", jobs, chosen, tasks).items()
+        if reason
+    }
     before = _read_json(out / "skipped.json") if (out / "skipped.json").is_file() else {}
     after = {file: entry for file, entry in before.items() if file not in sources} | skipped
-    if after != before or not (out / "skipped.json").is_file(): _write_json(out / "skipped.json", dict(sorted(after.items())))
+    if after != before or not (out / "skipped.json").is_file():
+        _write_json(out / "skipped.json", dict(sorted(after.items())))
     if not finished and all(file in skipped for file in chosen):
-        raise ValueError(f"None of the {len(sources)} files in {inputs} can be used; {chosen[0]}: {skipped[chosen[0]]['reason']}.")
+        raise ValueError(
+            f"None of the {len(sources)} files in {inputs} can be used; {chosen[0]}:"
+            f" {skipped[chosen[0]]['reason']}."
+        )
     return corpus_table(out)
 
 
@@ -405,7 +710,8 @@ def _update_about(folder, file, about, out):
     manifest = read_manifest(folder)
     [entry] = manifest["pictures"]
     wanted = _about_picture(folder.name, file, about)
-    if all(entry[key] == value for key, value in wanted.items()): return
+    if all(entry[key] == value for key, value in wanted.items()):
+        return
     [picture] = load_sample(folder=folder)
     origin = manifest["encoder"]["origin"] | dict(package=about["package"])
     _write_picture(replace(picture, **wanted), manifest["encoder"] | dict(origin=origin), out)
@@ -413,23 +719,44 @@ def _update_about(folder, file, about, out):
 
 def _read_corpus(folder):
     path = Path(folder) / "corpus.json"
-    if not path.is_file(): raise CorpusError(f"{folder} is not a corpus: {path} is missing. Build one with av1nb.corpus.build_corpus.")
+    if not path.is_file():
+        raise CorpusError(
+            f"{folder} is not a corpus: {path} is missing. Build one with"
+            " av1nb.corpus.build_corpus."
+        )
     content = _read_json(path)
-    if content.get("format") != _FORMAT: raise CorpusError(f"{path} has the format {content.get('format')!r}; this version reads {_FORMAT!r}.")
+    if content.get("format") != _FORMAT:
+        raise CorpusError(
+            f"{path} has the format {content.get('format')!r}; this version reads {_FORMAT!r}."
+        )
     return content
 
 
 def load_corpus(
     folder: str | os.PathLike,  # of a corpus
     names: Sequence[str] | None = None,  # pictures to load; None loads all
-) -> list[Picture]:  # in the order of their names; one a photograph or film, its crops and frames are the frames
-    "Pixels and coded trees of a corpus, every byte checked. Raises `CorpusError` for what is missing or damaged, `ValueError` for an unknown name."
+    # in the order of their names; one a photograph or film, its crops and frames are the frames
+) -> list[Picture]:
+    """Pixels and coded trees of a corpus, every byte checked.
+
+    Raises `CorpusError` for what is missing or damaged, `ValueError` for an unknown name.
+    """
     folder = Path(folder)
     _read_corpus(folder)
     known = sorted(path.name for path in (folder / "pictures").glob("*") if path.is_dir())
-    if unknown := sorted(set(names or ()) - set(known)): raise ValueError(f"The corpus {folder} has no picture {unknown[0]!r}.")
-    try: return [load_sample(folder=folder / "pictures" / name)[0] for name in known if names is None or name in names]
-    except SampleError as error: raise CorpusError(f"A picture of the corpus is damaged: {error} Delete its folder and build the corpus again.") from error
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise ValueError(f"The corpus {folder} has no picture {unknown[0]!r}.")
+    try:
+        return [
+            load_sample(folder=folder / "pictures" / name)[0]
+            for name in known
+            if names is None or name in names
+        ]
+    except SampleError as error:
+        raise CorpusError(
+            f"A picture of the corpus is damaged: {error} Delete its folder and build the corpus"
+            " again."
+        ) from error
 
 
 def corpus_options(
@@ -447,68 +774,154 @@ def source_planes(
 ) -> list[tuple]:  # (Y, U, V) of each crop, uint16
     """Luma and chroma of a sequence, made again from its source; the corpus itself holds luma only.
 
-    Raises `CorpusError` if the source is missing or another file than the one that the corpus was made from, or if the luma is not the same although nothing was changed.
+    Raises `CorpusError` if the source is missing or another file than the one that the corpus was
+    made from, or if the luma is not the same although nothing was changed.
     """
-    if name not in (table := corpus_table(folder)).index: raise CorpusError(f"The corpus {folder} has no picture {name!r}.")
+    if name not in (table := corpus_table(folder)).index:
+        raise CorpusError(f"The corpus {folder} has no picture {name!r}.")
     entry, options = table.loc[name], corpus_options(folder)
     path = Path(sources) / entry["file"]
-    if not path.is_file(): raise CorpusError(f"{path} is missing, from which {name} was made: build the corpus again, or name the folder of its sources.")
-    if sha256(path.read_bytes()) != entry["source_sha256"]: raise CorpusError(f"{path} is another file than the one that {name} was made from.")
-    planes, _ = prepare(path, **{key: options[key] for key in ("max_pixels", "factor", "crop", "crops", "frames")} | changes)
-    if not changes and sha256(np.stack([y for y, _, _ in planes])) != entry["luma_sha256"]: raise CorpusError(f"{path} gives other pixels than those of {name}: was the corpus built by another version?")
+    if not path.is_file():
+        raise CorpusError(
+            f"{path} is missing, from which {name} was made: build the corpus again, or name the"
+            " folder of its sources."
+        )
+    if sha256(path.read_bytes()) != entry["source_sha256"]:
+        raise CorpusError(f"{path} is another file than the one that {name} was made from.")
+    planes, _ = prepare(
+        path,
+        **{key: options[key] for key in ("max_pixels", "factor", "crop", "crops", "frames")}
+        | changes,
+    )
+    if not changes and sha256(np.stack([y for y, _, _ in planes])) != entry["luma_sha256"]:
+        raise CorpusError(
+            f"{path} gives other pixels than those of {name}: was the corpus built by another"
+            " version?"
+        )
     return planes
 
 
 def corpus_table(
     folder: str | os.PathLike,  # of a corpus
 ) -> pd.DataFrame:  # one row a picture, indexed by its sequence name
-    "What a corpus holds: origin, size and labels of every picture. Raises `CorpusError` for what is missing or damaged."
+    """What a corpus holds: origin, size and labels of every picture.
+
+    Raises `CorpusError` for what is missing or damaged.
+    """
     _read_corpus(folder)
     rows = []
     for name, manifest in _manifests(Path(folder)).items():
         [entry], origin = manifest["pictures"], manifest["encoder"]["origin"]
-        rows.append(dict(sequence=name) | {k: entry[k] for k in ("title", "author", "licence")} | {k: origin[k] for k in ("package", "file", "kind")}
-                    | {k: entry[k] for k in ("frames", "height", "width")}
-                    | dict(factor=origin["factor"], nodes=sum(s["nodes"] for s in entry["streams"].values()), stream_bytes=sum(s["bytes"] for s in entry["streams"].values()),
-                           source_sha256=entry["source_sha256"], luma_sha256=entry["luma_sha256"]))
+        rows.append(
+            dict(sequence=name)
+            | {k: entry[k] for k in ("title", "author", "licence")}
+            | {k: origin[k] for k in ("package", "file", "kind")}
+            | {k: entry[k] for k in ("frames", "height", "width")}
+            | dict(
+                factor=origin["factor"],
+                nodes=sum(s["nodes"] for s in entry["streams"].values()),
+                stream_bytes=sum(s["bytes"] for s in entry["streams"].values()),
+                source_sha256=entry["source_sha256"],
+                luma_sha256=entry["luma_sha256"],
+            )
+        )
     return pd.DataFrame(rows).set_index("sequence")
 
 
 def skipped_table(
     folder: str | os.PathLike,  # of a corpus
-) -> pd.DataFrame:  # columns file, reason and group: the picture of the corpus or the sample that it repeats, or nothing
-    "Files that did not become pictures of the corpus, and why. Raises `CorpusError` if there is no corpus."
+    # columns file, reason and group: the picture of the corpus or the sample that it repeats, or
+    # nothing
+) -> pd.DataFrame:
+    """Files that did not become pictures of the corpus, and why.
+
+    Raises `CorpusError` if there is no corpus.
+    """
     _read_corpus(folder)
     path = Path(folder) / "skipped.json"
     entries = _read_json(path) if path.is_file() else {}
-    return pd.DataFrame([dict(file=file, **entry) for file, entry in entries.items()], columns=["file", "reason", "group"])
+    return pd.DataFrame(
+        [dict(file=file, **entry) for file, entry in entries.items()],
+        columns=["file", "reason", "group"],
+    )
 
 # %% ../nbs/13_corpus.ipynb #2495996c
 def corpus_card(
     folder: str | os.PathLike,  # of a corpus
 ) -> str:  # Markdown
-    "Card of a corpus: sources, authors, licences, options, counts, what was skipped, hashes. Raises `CorpusError` for what is missing or damaged."
-    table, skipped, options, pictures = corpus_table(folder), skipped_table(folder), _read_corpus(folder)["options"], load_corpus(folder)
+    """Card of a corpus: sources, authors, licences, options, counts, what was skipped, hashes.
+
+    Raises `CorpusError` for what is missing or damaged.
+    """
+    table, skipped, options, pictures = (
+        corpus_table(folder),
+        skipped_table(folder),
+        _read_corpus(folder)["options"],
+        load_corpus(folder),
+    )
     counts = node_counts(pictures)
     by_qindex = counts.groupby("qindex").sum()
     by_qindex.loc["all"] = by_qindex.sum()
     by_qindex.insert(0, "nodes", by_qindex.sum(axis=1))
-    licences = table.groupby("licence").agg(pictures=("file", "size"), frames=("frames", "sum")).reset_index()
-    carried = [dict(sequence=p.name, what=p.title, author=p.author, licence=p.licence, source=p.source, preparation=p.preparation) for p in pictures]
-    hashes = [{"sequence": p.name, "source file": f"`{p.source_sha256}`", "luma planes": f"`{sha256(p.luma)}`"}
-              | {f"stream at {q}": f"`{s['sha256']}` ({s['bytes']:,} bytes)" for q, s in sorted(p.streams.items())} for p in pictures]
+    licences = (
+        table.groupby("licence")
+        .agg(pictures=("file", "size"), frames=("frames", "sum"))
+        .reset_index()
+    )
+    carried = [
+        dict(
+            sequence=p.name,
+            what=p.title,
+            author=p.author,
+            licence=p.licence,
+            source=p.source,
+            preparation=p.preparation,
+        )
+        for p in pictures
+    ]
+    hashes = [
+        {
+            "sequence": p.name,
+            "source file": f"`{p.source_sha256}`",
+            "luma planes": f"`{sha256(p.luma)}`",
+        }
+        | {
+            f"stream at {q}": f"`{s['sha256']}` ({s['bytes']:,} bytes)"
+            for q, s in sorted(p.streams.items())
+        }
+        for p in pictures
+    ]
     cq = ", ".join(f"{CQ_FOR_QINDEX[q]} (qindex {q})" for q in options["qindexes"])
-    return "\n\n".join([
-        "# Card of the corpus",
-        f"{len(pictures)} sequences, {sum(len(p.luma) for p in pictures)} frames, {sum(p.luma.size for p in pictures):,} pixels of 10-bit luma; "
-        f"{counts.to_numpy().sum():,} coded 16×16 nodes wholly inside the frame at {len(by_qindex) - 1} quantisers. All crops, frames and quantisers of one sequence belong to the same part of a split.",
-        "## How it was made",
-        f"8-bit sources were reduced by at least {LEAST_FACTOR:g} (Lanczos, in floating point, rounded once to 10 bits, ITU-R BT.709, 4:2:0, narrow range); "
-        f"sources of 10 bits or more may be as they were. Options: {', '.join(f'{k} {v}' for k, v in options.items())}. "
-        f"Encoder: libaom {options['libaom']}, {', '.join(f'{k} {v}' for k, v in _SETTINGS.items())}, cpu-used {options['cpu_used']}, cq-level {cq}. "
-        "The labels are the coded tree, read back from the stream by the decoder: node sizes 64 to 8, intra frames.",
-        "## Licences", markdown_table(licences),
-        "## 16×16 nodes by quantiser and type", markdown_table(by_qindex.reset_index(names="qindex")),
-        "## Sources", markdown_table(pd.DataFrame(carried)),
-        "## Skipped", markdown_table(skipped) if len(skipped) else "Nothing.",
-        "## Hashes (SHA-256)", markdown_table(pd.DataFrame(hashes))]) + "\n"
+    return (
+        "\n\n".join([
+            "# Card of the corpus",
+            (
+                f"{len(pictures)} sequences, {sum(len(p.luma) for p in pictures)} frames,"
+                f" {sum(p.luma.size for p in pictures):,} pixels of 10-bit luma;"
+                f" {counts.to_numpy().sum():,} coded 16×16 nodes wholly inside the frame at"
+                f" {len(by_qindex) - 1} quantisers. All crops, frames and quantisers of one"
+                " sequence belong to the same part of a split."
+            ),
+            "## How it was made",
+            (
+                f"8-bit sources were reduced by at least {LEAST_FACTOR:g} (Lanczos, in floating"
+                " point, rounded once to 10 bits, ITU-R BT.709, 4:2:0, narrow range); sources of"
+                " 10 bits or more may be as they were. Options:"
+                f" {', '.join(f'{k} {v}' for k, v in options.items())}. Encoder: libaom"
+                f" {options['libaom']}, {', '.join(f'{k} {v}' for k, v in _SETTINGS.items())},"
+                f" cpu-used {options['cpu_used']}, cq-level {cq}. The labels are the coded tree,"
+                " read back from the stream by the decoder: node sizes 64 to 8, intra frames."
+            ),
+            "## Licences",
+            markdown_table(licences),
+            "## 16×16 nodes by quantiser and type",
+            markdown_table(by_qindex.reset_index(names="qindex")),
+            "## Sources",
+            markdown_table(pd.DataFrame(carried)),
+            "## Skipped",
+            markdown_table(skipped) if len(skipped) else "Nothing.",
+            "## Hashes (SHA-256)",
+            markdown_table(pd.DataFrame(hashes)),
+        ])
+        + "\n"
+    )

@@ -26,7 +26,14 @@ import pandas as pd
 import torch
 
 from .partitions import HIERARCHIES, V6, Hierarchy, PartitionType, legal_types
-from .raw import atomic_file, extract_blocks, list_recordings, read_frames, read_partition_logs, read_recording
+from av1nb.raw import (
+    atomic_file,
+    extract_blocks,
+    list_recordings,
+    read_frames,
+    read_partition_logs,
+    read_recording,
+)
 
 # %% ../nbs/03_datasets.ipynb #7ddf241d
 MAX_PIXEL = 1023
@@ -34,27 +41,44 @@ _PIXEL_TYPES = (torch.uint16, torch.int16, torch.int32, torch.int64)
 
 
 def _signed(samples: torch.Tensor) -> torch.Tensor:
-    "The same integers in a dtype that has comparisons and reductions; a uint16 above 32767 shows up as negative."
+    """The same integers in a dtype that has comparisons and reductions; a uint16 above 32767 shows
+    up as negative.
+    """
     return samples.view(torch.int16) if samples.dtype == torch.uint16 else samples
 
 
 def to_float(
-    samples,            # integer pixels 0–1023, torch tensor or numpy array of any shape: uint16, int16, int32 or int64
-    check: bool = True, # look at the range; only a caller that has checked the same samples before may leave it out
-) -> torch.Tensor:      # float32 of the same shape: pixel / 1023, in [0, 1]
-    "Normalise 10-bit pixels. `ValueError` for floating-point input (normalised before), 8-bit input, or a value outside 0–1023."
-    if isinstance(samples, np.ndarray): samples = torch.from_numpy(np.require(samples, requirements=["C", "W"]))
+    # integer pixels 0–1023, torch tensor or numpy array of any shape: uint16, int16, int32 or int64
+    samples,
+    # look at the range; only a caller that has checked the same samples before may leave it out
+    check: bool = True,
+) -> torch.Tensor:  # float32 of the same shape: pixel / 1023, in [0, 1]
+    """Normalise 10-bit pixels.
+
+    `ValueError` for floating-point input (normalised before), 8-bit input, or a value outside
+    0–1023.
+    """
+    if isinstance(samples, np.ndarray):
+        samples = torch.from_numpy(np.require(samples, requirements=["C", "W"]))
     if samples.dtype.is_floating_point:
-        raise ValueError(f"to_float takes integer pixels and got {samples.dtype}: these are normalised already; "
-                         "dividing by 1023 a second time would shrink them a thousandfold. Pass the uint16 samples.")
+        raise ValueError(
+            f"to_float takes integer pixels and got {samples.dtype}: these are normalised already;"
+            " dividing by 1023 a second time would shrink them a thousandfold. Pass the uint16"
+            " samples."
+        )
     if samples.dtype not in _PIXEL_TYPES:
-        raise ValueError(f"to_float takes 10-bit pixels as uint16, int16, int32 or int64 and got {samples.dtype}; "
-                         "8-bit pictures are scaled to 10 bits when they are read (raw.read_video).")
+        raise ValueError(
+            "to_float takes 10-bit pixels as uint16, int16, int32 or int64 and got"
+            f" {samples.dtype}; 8-bit pictures are scaled to 10 bits when they are read"
+            " (raw.read_video)."
+        )
     if check and samples.numel():
         low, high = (int(value) for value in _signed(samples).aminmax())
         if low < 0 or high > MAX_PIXEL:
             found = high if low >= 0 else low % 65536 if samples.dtype == torch.uint16 else low
-            raise ValueError(f"pixel value {found} is outside 0–{MAX_PIXEL}: these are not 10-bit samples.")
+            raise ValueError(
+                f"pixel value {found} is outside 0–{MAX_PIXEL}: these are not 10-bit samples."
+            )
     return samples.to(torch.float32).div_(MAX_PIXEL)
 
 # %% ../nbs/03_datasets.ipynb #6783eec9
@@ -62,41 +86,75 @@ SPLITS = ("train", "val", "test")
 
 
 def split_sequences(
-    counts: dict,                   # sequence name → number of blocks (≥ 1), or numbers of its blocks of each type
-    fractions=(0.7, 0.15, 0.15),    # shares of the blocks wanted for train, val and test; three positive numbers, sum 1
-    seed: int = 42,                 # of the order in which the groups are dealt out
-    groups: dict | None = None,     # sequence → group name; a sequence that is not named is its own group
-    draws: int = 200,               # divisions to draw; the one that resembles the whole most is kept
-) -> dict:                          # sequence → "train", "val" or "test", sorted by name; no group is divided, no split is empty
-    "Divide sequences between the three splits. `ValueError` for fewer than three groups, empty sequences, bad fractions, unknown names."
+    # sequence name → number of blocks (≥ 1), or numbers of its blocks of each type
+    counts: dict,
+    # shares of the blocks wanted for train, val and test; three positive numbers, sum 1
+    fractions=(0.7, 0.15, 0.15),
+    seed: int = 42,  # of the order in which the groups are dealt out
+    # sequence → group name; a sequence that is not named is its own group
+    groups: dict | None = None,
+    # divisions to draw; the one that resembles the whole most is kept
+    draws: int = 200,
+    # sequence → "train", "val" or "test", sorted by name; no group is divided, no split is empty
+) -> dict:
+    """Divide sequences between the three splits.
+
+    `ValueError` for fewer than three groups, empty sequences, bad fractions, unknown names.
+    """
     fractions = np.asarray(fractions, dtype=float)
     if fractions.shape != (3,) or (fractions <= 0).any() or abs(fractions.sum() - 1) > 1e-6:
-        raise ValueError(f"fractions must be three positive numbers that add up to 1, not {fractions.tolist()}.")
+        raise ValueError(
+            f"fractions must be three positive numbers that add up to 1, not {fractions.tolist()}."
+        )
     names, groups = sorted(counts), dict(groups or {})
     if unknown := sorted(set(groups) - set(names)):
-        raise ValueError(f"groups names sequences that are not in the data: {unknown[:5]}; the data has {names[:5]}…")
-    table = np.array([np.atleast_1d(counts[name]) for name in names], dtype=float)    # [sequences, types]
+        raise ValueError(
+            f"groups names sequences that are not in the data: {unknown[:5]}; the data has"
+            f" {names[:5]}…"
+        )
+    # [sequences, types]
+    table = np.array([np.atleast_1d(counts[name]) for name in names], dtype=float)
     if empty := [name for name, row in zip(names, table) if row.sum() < 1]:
         raise ValueError(f"sequences without a block cannot be split: {empty[:5]}; leave them out.")
     members: dict = {}
-    for name in names: members.setdefault(groups.get(name, name), []).append(name)
+    for name in names:
+        members.setdefault(groups.get(name, name), []).append(name)
     if len(members) < 3:
-        raise ValueError(f"splits are made by sequence, so train, val and test need at least three sequences or groups; "
-                         f"found {len(members)}: {sorted(members)}. Add recordings of other pictures.")
-    of_group = np.array([table[[names.index(name) for name in members[key]]].sum(0) for key in sorted(members)])
+        raise ValueError(
+            "splits are made by sequence, so train, val and test need at least three sequences or"
+            f" groups; found {len(members)}: {sorted(members)}. Add recordings of other pictures."
+        )
+    of_group = np.array(
+        [table[[names.index(name) for name in members[key]]].sum(0) for key in sorted(members)]
+    )
     rng, best = np.random.default_rng(seed), (np.inf, None)
     for _ in range(draws):
         dealt = _deal(of_group.sum(1), fractions, rng.permutation(len(of_group)))
         blocks = np.array([of_group[dealt == split].sum(0) for split in range(3)])
-        types = np.abs(blocks / blocks.sum(1, keepdims=True) - blocks.sum(0) / blocks.sum()).sum(1).max() / 2
+        types = (
+            np.abs(blocks / blocks.sum(1, keepdims=True) - blocks.sum(0) / blocks.sum())
+            .sum(1)
+            .max()
+            / 2
+        )
         shares = np.abs(blocks.sum(1) / blocks.sum() - fractions).max()
         sequences = np.abs(np.bincount(dealt, minlength=3) / len(dealt) - fractions).max()
-        best = min(best, (types + shares + sequences, dealt.tolist()), key=lambda candidate: candidate[0])
-    return dict(sorted((name, SPLITS[split]) for key, split in zip(sorted(members), best[1]) for name in members[key]))
+        best = min(
+            best, (types + shares + sequences, dealt.tolist()), key=lambda candidate: candidate[0]
+        )
+    return dict(
+        sorted(
+            (name, SPLITS[split])
+            for key, split in zip(sorted(members), best[1])
+            for name in members[key]
+        )
+    )
 
 
 def _deal(blocks, fractions, order):
-    "Give each group, in that order, to the split furthest below its share; no split stays empty. int [groups]."
+    """Give each group, in that order, to the split furthest below its share; no split stays empty.
+    int [groups].
+    """
     wanted, got, dealt = fractions * blocks.sum(), np.zeros(3), np.zeros(len(blocks), int)
     for visited, group in enumerate(order):
         empty = got == 0
@@ -107,285 +165,507 @@ def _deal(blocks, fractions, order):
 
 # %% ../nbs/03_datasets.ipynb #129822b4
 def split_hash(
-    assignment: dict,   # sequence → split
-) -> str:               # 16 hexadecimal digits; equal for equal assignments, whatever their order
+    assignment: dict,  # sequence → split
+) -> str:  # 16 hexadecimal digits; equal for equal assignments, whatever their order
     "Name a division of sequences so that data sets and checkpoints can be compared."
     return hashlib.sha256(json.dumps(sorted(assignment.items())).encode()).hexdigest()[:16]
 
 # %% ../nbs/03_datasets.ipynb #200ee19c
 def distribution(
-    types,                          # partition types, int [N], 0–9
-    hierarchy: Hierarchy = V6,      # whose stages are counted
-    uncovered: str = "exclude",     # policy for types without a class, see `partitions.UNCOVERED_POLICIES`
-) -> pd.DataFrame:                  # columns stage, class, blocks, share (of the blocks of that stage); one row a class
-    "Count the blocks of every class at every stage of a hierarchy; classes that do not occur are listed with 0."
+    types,  # partition types, int [N], 0–9
+    hierarchy: Hierarchy = V6,  # whose stages are counted
+    # policy for types without a class, see `partitions.UNCOVERED_POLICIES`
+    uncovered: str = "exclude",
+    # columns stage, class, blocks, share (of the blocks of that stage); one row a class
+) -> pd.DataFrame:
+    """Count the blocks of every class at every stage of a hierarchy; classes that do not occur are
+    listed with 0.
+    """
     rows = []
     for stage, labels in hierarchy.labels(np.asarray(types), uncovered).items():
         found = np.bincount(labels[labels >= 0], minlength=hierarchy.n_classes(stage)).tolist()
-        rows += [(stage, name, n, n / max(sum(found), 1)) for name, n in zip(hierarchy.class_names(stage), found)]
+        rows += [
+            (stage, name, n, n / max(sum(found), 1))
+            for name, n in zip(hierarchy.class_names(stage), found)
+        ]
     return pd.DataFrame(rows, columns=["stage", "class", "blocks", "share"])
 
 # %% ../nbs/03_datasets.ipynb #39abb07b
 class DatasetError(RuntimeError):
-    "A data-set file that cannot be used: truncated, of another format, or of another split than its neighbours."
+    """A data-set file that cannot be used: truncated, of another format, or of another split than
+    its neighbours.
+    """
 
 
 def save_tensors(
-    path,           # .pt file
+    path,  # .pt file
     content: dict,  # tensors, strings, numbers, and lists, tuples or dicts of them
-) -> str:           # sha256 of the file: equal content gives equal bytes
+) -> str:  # sha256 of the file: equal content gives equal bytes
     "Save a dictionary as a `.pt` file, completely or not at all."
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with atomic_file(path) as temporary: Path(temporary).write_bytes(buffer.getbuffer())
+    with atomic_file(path) as temporary:
+        Path(temporary).write_bytes(buffer.getbuffer())
     return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 # %% ../nbs/03_datasets.ipynb #f8616d78
 def load_tensors(
-    path,           # .pt file
-) -> tuple:         # (content, sha256 of the file)
-    "Load a `.pt` file without running code from it. `FileNotFoundError`, or `DatasetError` for a truncated or foreign file."
+    path,  # .pt file
+) -> tuple:  # (content, sha256 of the file)
+    """Load a `.pt` file without running code from it.
+
+    `FileNotFoundError`, or `DatasetError` for a truncated or foreign file.
+    """
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} does not exist; the notebook 001_prepare_dataset writes the data sets.")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; the notebook 001_prepare_dataset writes the data sets."
+        )
     raw_bytes = path.read_bytes()
     try:
         content = torch.load(io.BytesIO(raw_bytes), weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as problem:
-        raise DatasetError(f"{path} is no file of tensors that can be loaded without running code from it; write it again.") from problem
+        raise DatasetError(
+            f"{path} is no file of tensors that can be loaded without running code from it; write"
+            " it again."
+        ) from problem
     except (RuntimeError, EOFError, ValueError, KeyError) as problem:
-        raise DatasetError(f"{path} ({len(raw_bytes)} bytes) is truncated or no .pt file; write it again.") from problem
+        raise DatasetError(
+            f"{path} ({len(raw_bytes)} bytes) is truncated or no .pt file; write it again."
+        ) from problem
     return content, hashlib.sha256(raw_bytes).hexdigest()
 
 # %% ../nbs/03_datasets.ipynb #149a4c39
-CONTRACT_LABELS = {"stage1": "labels_stage1", "stage2": "labels_stage2", "RECT": "labels_stage3_RECT", "AB": "labels_stage3_AB"}
+CONTRACT_LABELS = {
+    "stage1": "labels_stage1",
+    "stage2": "labels_stage2",
+    "RECT": "labels_stage3_RECT",
+    "AB": "labels_stage3_AB",
+}
 CONTRACT_KEYS = ("samples", "labels_stage0", *CONTRACT_LABELS.values(), "qps")
 NORMALISATION = "uint16/1023"
 _COLUMNS = ("types", "qps", "sequence", "recording", "frame", "row", "col")
-_PROVENANCE = ("sequence_names", "recording_names", "split", "split_hash", "size", "margin", "nodes", "seed", "uncovered",
-               "assignment", "groups", "versions", "note")
+_PROVENANCE = (
+    "sequence_names",
+    "recording_names",
+    "split",
+    "split_hash",
+    "size",
+    "margin",
+    "nodes",
+    "seed",
+    "uncovered",
+    "assignment",
+    "groups",
+    "versions",
+    "note",
+)
 
 
-def versions() -> dict: # package → version
-    "Versions of Python and of the packages that results depend on; \"absent\" for one that is not installed."
-    packages = ("av1nb", "torch", "torchvision", "numpy", "scikit-learn", "pandas", "scipy", "imagecodecs", "av", "numba")
+def versions() -> dict:  # package → version
+    """Versions of Python and of the packages that results depend on; "absent" for one that is not
+    installed.
+    """
+    packages = (
+        "av1nb",
+        "torch",
+        "torchvision",
+        "numpy",
+        "scikit-learn",
+        "pandas",
+        "scipy",
+        "imagecodecs",
+        "av",
+        "numba",
+    )
+
     def installed(package):
-        try: return version(package)
-        except PackageNotFoundError: return "absent"
-    return {"python": platform.python_version(), **{package: installed(package) for package in packages}}
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "absent"
+
+    return {
+        "python": platform.python_version(),
+        **{package: installed(package) for package in packages},
+    }
 
 # %% ../nbs/03_datasets.ipynb #4c335841
 @dataclass(eq=False, repr=False)
 class BlockSet:
     """Blocks of one split with their types and where each came from.
 
-    Tensors of N rows: `samples` uint16 [N, 1, S+2m, S+2m] with pixels 0–1023 (S = `size`, m = `margin` pixels of context
-    on each side); `types` (0–9), `qps` (qindex 0–255), `sequence` and `recording` (positions in `sequence_names` and
-    `recording_names`), `frame`, `row`, `col` (pixels of the block without its margin), all int64 [N].
-    `ValueError` where shapes, dtypes or ranges do not fit."""
-    samples: torch.Tensor           # uint16 [N, 1, S+2m, S+2m], pixels 0–1023
-    types: torch.Tensor             # int64 [N], partition type 0–9
-    qps: torch.Tensor               # int64 [N], qindex 0–255
-    sequence: torch.Tensor          # int64 [N], position in `sequence_names`
-    recording: torch.Tensor         # int64 [N], position in `recording_names`
-    frame: torch.Tensor             # int64 [N], frame within the sequence
-    row: torch.Tensor               # int64 [N], pixels
-    col: torch.Tensor               # int64 [N], pixels
-    sequence_names: tuple           # content identities
-    recording_names: tuple          # encodes
-    split: str                      # "train", "val" or "test"
-    size: int = 16                  # block size in pixels
-    margin: int = 0                 # context in pixels on each side
-    nodes: str = "coded"            # which reading of the logs gave the labels: "coded" or "searched"
-    seed: int = 42                  # of the division into splits
-    uncovered: str = "exclude"      # policy behind the contract's v6 label columns
+    Tensors of N rows: `samples` uint16 [N, 1, S+2m, S+2m] with pixels 0–1023 (S = `size`, m =
+    `margin` pixels of context on each side); `types` (0–9), `qps` (qindex 0–255), `sequence` and
+    `recording` (positions in `sequence_names` and `recording_names`), `frame`, `row`, `col` (pixels
+    of the block without its margin), all int64 [N]. `ValueError` where shapes, dtypes or ranges do
+    not fit.
+    """
+
+    samples: torch.Tensor  # uint16 [N, 1, S+2m, S+2m], pixels 0–1023
+    types: torch.Tensor  # int64 [N], partition type 0–9
+    qps: torch.Tensor  # int64 [N], qindex 0–255
+    sequence: torch.Tensor  # int64 [N], position in `sequence_names`
+    recording: torch.Tensor  # int64 [N], position in `recording_names`
+    frame: torch.Tensor  # int64 [N], frame within the sequence
+    row: torch.Tensor  # int64 [N], pixels
+    col: torch.Tensor  # int64 [N], pixels
+    sequence_names: tuple  # content identities
+    recording_names: tuple  # encodes
+    split: str  # "train", "val" or "test"
+    size: int = 16  # block size in pixels
+    margin: int = 0  # context in pixels on each side
+    # which reading of the logs gave the labels: "coded" or "searched"
+    nodes: str = "coded"
+    seed: int = 42  # of the division into splits
+    uncovered: str = "exclude"  # policy behind the contract's v6 label columns
     assignment: dict = field(default_factory=dict)  # sequence → split, of the whole data set
-    groups: dict = field(default_factory=dict)      # sequence → group, of the whole data set
-    split_hash: str = ""            # of `assignment`; filled in when empty
+    groups: dict = field(default_factory=dict)  # sequence → group, of the whole data set
+    split_hash: str = ""  # of `assignment`; filled in when empty
     versions: dict = field(default_factory=versions)
-    note: str = ""                  # what a reader must know about the origin
-    sha256: str = field(default="", init=False)     # of the file it was loaded from or saved to; a changed copy has none
+    note: str = ""  # what a reader must know about the origin
+    # of the file it was loaded from or saved to; a changed copy has none
+    sha256: str = field(default="", init=False)
 
     def __post_init__(self):
         side = self.size + 2 * self.margin
         if self.samples.dtype != torch.uint16:
-            raise ValueError(f"samples must be uint16, not {self.samples.dtype}; pixels are normalised by to_float, when a batch is made.")
+            raise ValueError(
+                f"samples must be uint16, not {self.samples.dtype}; pixels are normalised by"
+                " to_float, when a batch is made."
+            )
         if tuple(self.samples.shape[1:]) != (1, side, side):
-            raise ValueError(f"samples have shape {tuple(self.samples.shape)}; size {self.size} with margin {self.margin} "
-                             f"needs [N, 1, {side}, {side}].")
+            raise ValueError(
+                f"samples have shape {tuple(self.samples.shape)}; size {self.size} with margin"
+                f" {self.margin} needs [N, 1, {side}, {side}]."
+            )
         for name in _COLUMNS:
             values = getattr(self, name)
             if values.shape != (len(self.samples),) or values.dtype != torch.int64:
-                raise ValueError(f"{name} must be int64 [{len(self.samples)}], one for each sample, "
-                                 f"not {values.dtype} {tuple(values.shape)}.")
-        for name, limit in (("types", 10), ("qps", 256), ("sequence", len(self.sequence_names)), ("recording", len(self.recording_names))):
+                raise ValueError(
+                    f"{name} must be int64 [{len(self.samples)}], one for each sample, "
+                    f"not {values.dtype} {tuple(values.shape)}."
+                )
+        for name, limit in (
+            ("types", 10),
+            ("qps", 256),
+            ("sequence", len(self.sequence_names)),
+            ("recording", len(self.recording_names)),
+        ):
             values = getattr(self, name)
             if bad := int(((values < 0) | (values >= limit)).sum()):
                 at = int(((values < 0) | (values >= limit)).nonzero()[0])
-                raise ValueError(f"{name} of {bad} blocks lies outside 0–{limit - 1}; the first is block {at} with {int(values[at])}.")
+                raise ValueError(
+                    f"{name} of {bad} blocks lies outside 0–{limit - 1}; the first is block {at}"
+                    f" with {int(values[at])}."
+                )
         # plain strings only: a str subclass (numpy's) would be refused when the file is read
-        self.sequence_names, self.recording_names = tuple(map(str, self.sequence_names)), tuple(map(str, self.recording_names))
-        self.assignment, self.groups = ({str(key): str(value) for key, value in names.items()} for names in (self.assignment, self.groups))
-        if not self.split_hash: self.split_hash = split_hash(self.assignment)
+        self.sequence_names, self.recording_names = tuple(map(str, self.sequence_names)), tuple(
+            map(str, self.recording_names)
+        )
+        self.assignment, self.groups = (
+            {str(key): str(value) for key, value in names.items()}
+            for names in (self.assignment, self.groups)
+        )
+        if not self.split_hash:
+            self.split_hash = split_hash(self.assignment)
 
-    def __len__(self) -> int: return len(self.samples)
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __repr__(self) -> str:
         sequences, recordings = len(self.sequence.unique()), len(self.recording.unique())
-        return (f"BlockSet({self.split}: {len(self)} blocks {self.size}×{self.size}, margin {self.margin}, {sequences} sequence(s), "
-                f"{recordings} recording(s), {self.nodes} nodes, split {self.split_hash})")
+        return (
+            f"BlockSet({self.split}: {len(self)} blocks {self.size}×{self.size}, margin"
+            f" {self.margin}, {sequences} sequence(s), {recordings} recording(s), {self.nodes}"
+            f" nodes, split {self.split_hash})"
+        )
 
-    def labels(self,
+    def labels(
+        self,
         hierarchy: Hierarchy = V6,
-        uncovered: str | None = None,   # policy for types without a class; None: the set's own
-    ) -> dict:                          # stage → int64 tensor [N], −1 where a block is not in the stage
+        uncovered: str | None = None,  # policy for types without a class; None: the set's own
+        # stage → int64 tensor [N], −1 where a block is not in the stage
+    ) -> dict:
         "Classes of every block at every stage of a hierarchy, derived from the types."
         derived = hierarchy.labels(self.types.cpu().numpy(), uncovered or self.uncovered)
-        return {stage: torch.from_numpy(labels).to(self.types.device) for stage, labels in derived.items()}
+        return {
+            stage: torch.from_numpy(labels).to(self.types.device)
+            for stage, labels in derived.items()
+        }
 
-    def select(self,
-        index,          # positions (int tensor or array), boolean mask of N, or slice
+    def select(
+        self,
+        index,  # positions (int tensor or array), boolean mask of N, or slice
     ) -> "BlockSet":
         "A copy of the chosen blocks, in the order given; names and provenance stay."
-        index = torch.arange(len(self))[index] if isinstance(index, slice) else torch.as_tensor(index)  # a slice alone would share memory
+        # a slice alone would share memory
+        index = (
+            torch.arange(len(self))[index] if isinstance(index, slice) else torch.as_tensor(index)
+        )
         index = index.to(self.samples.device)
         # torch has no mask or index kernels for uint16 on every device; the bytes are the same
         chosen = self.samples.view(torch.int16)[index].view(torch.uint16)
-        return replace(self, samples=chosen, **{name: getattr(self, name)[index] for name in _COLUMNS})
+        return replace(
+            self, samples=chosen, **{name: getattr(self, name)[index] for name in _COLUMNS}
+        )
 
-    def to(self,
-        device,         # "cpu", "cuda", torch.device
+    def to(
+        self,
+        device,  # "cpu", "cuda", torch.device
     ) -> "BlockSet":
         "The same set with its tensors on a device."
-        moved = replace(self, samples=self.samples.to(device), **{name: getattr(self, name).to(device) for name in _COLUMNS})
+        moved = replace(
+            self,
+            samples=self.samples.to(device),
+            **{name: getattr(self, name).to(device) for name in _COLUMNS},
+        )
         moved.sha256 = self.sha256
         return moved
 
-    def table(self) -> pd.DataFrame:    # one row a block: sequence, recording, frame, row, col, type, qindex
+    def table(
+        self,
+        # one row a block: sequence, recording, frame, row, col, type, qindex
+    ) -> pd.DataFrame:
         "Everything but the pixels as a table."
         column = {name: getattr(self, name).cpu().numpy() for name in _COLUMNS}
-        return pd.DataFrame({"sequence": np.asarray(self.sequence_names, dtype=object)[column["sequence"]],
-                             "recording": np.asarray(self.recording_names, dtype=object)[column["recording"]],
-                             "frame": column["frame"], "row": column["row"], "col": column["col"],
-                             "type": column["types"], "qindex": column["qps"]})
+        return pd.DataFrame({
+            "sequence": np.asarray(self.sequence_names, dtype=object)[column["sequence"]],
+            "recording": np.asarray(self.recording_names, dtype=object)[column["recording"]],
+            "frame": column["frame"],
+            "row": column["row"],
+            "col": column["col"],
+            "type": column["types"],
+            "qindex": column["qps"],
+        })
 
-    def where(self,
-        index,          # positions of blocks
-        limit: int = 3, # how many to spell out
-    ) -> str:           # for messages
+    def where(
+        self,
+        index,  # positions of blocks
+        limit: int = 3,  # how many to spell out
+    ) -> str:  # for messages
         "Name blocks in words: recording, frame, row and column."
         index = torch.as_tensor(index).reshape(-1)
         rows = self.select(index[:limit]).table().itertuples()
-        named = "; ".join(f"{row.recording} frame {row.frame} row {row.row} col {row.col}" for row in rows)
+        named = "; ".join(
+            f"{row.recording} frame {row.frame} row {row.row} col {row.col}" for row in rows
+        )
         return named + (f"; and {len(index) - limit} more" if len(index) > limit else "")
 
-    def save(self,
-        path,           # .pt file
-    ) -> str:           # sha256 of the file
+    def save(
+        self,
+        path,  # .pt file
+    ) -> str:  # sha256 of the file
         "Write the set with the contract's keys and its provenance, completely or not at all."
         labels = self.labels(V6)
-        content = {"samples": self.samples.cpu(), "labels_stage0": self.types.cpu(),
-                   **{key: labels[stage].cpu() for stage, key in CONTRACT_LABELS.items()}, "qps": self.qps.cpu(),
-                   **{name: getattr(self, name).cpu() for name in _COLUMNS[2:]},
-                   **{name: getattr(self, name) for name in _PROVENANCE}, "normalisation": NORMALISATION}
+        content = {
+            "samples": self.samples.cpu(),
+            "labels_stage0": self.types.cpu(),
+            **{key: labels[stage].cpu() for stage, key in CONTRACT_LABELS.items()},
+            "qps": self.qps.cpu(),
+            **{name: getattr(self, name).cpu() for name in _COLUMNS[2:]},
+            **{name: getattr(self, name) for name in _PROVENANCE},
+            "normalisation": NORMALISATION,
+        }
         self.sha256 = save_tensors(path, content)
         return self.sha256
 
     @classmethod
-    def load(cls,
-        path,           # .pt file written by `save`
+    def load(
+        cls,
+        path,  # .pt file written by `save`
     ) -> "BlockSet":
-        "Read and check a set. `DatasetError` names what is wrong: missing keys, old normalised samples, labels or hash that do not fit."
+        """Read and check a set.
+
+        `DatasetError` names what is wrong: missing keys, old normalised samples, labels or hash
+        that do not fit.
+        """
         content, digest = load_tensors(path)
         if not isinstance(content, dict) or "samples" not in content:
             found = f", only {sorted(map(str, content))[:8]}" if isinstance(content, dict) else ""
             raise DatasetError(f"{path} is no block set: it has no 'samples'{found}.")
         if torch.is_tensor(content["samples"]) and content["samples"].dtype.is_floating_point:
-            raise DatasetError(f"{path} holds samples as {content['samples'].dtype}: an old file with normalised pixels (x/1023). "
-                               "Convert it without loss by datasets.import_legacy; its split is not known to be by sequence.")
-        if missing := [key for key in (*CONTRACT_KEYS, *_COLUMNS[2:], *_PROVENANCE) if key not in content]:
-            raise DatasetError(f"{path} lacks {missing[:6]}: written by other code, without provenance. "
-                               "Build the set from its recordings, or read it by datasets.import_legacy.")
+            raise DatasetError(
+                f"{path} holds samples as {content['samples'].dtype}: an old file with normalised"
+                " pixels (x/1023). Convert it without loss by datasets.import_legacy; its split is"
+                " not known to be by sequence."
+            )
+        if missing := [
+            key for key in (*CONTRACT_KEYS, *_COLUMNS[2:], *_PROVENANCE) if key not in content
+        ]:
+            raise DatasetError(
+                f"{path} lacks {missing[:6]}: written by other code, without provenance. "
+                "Build the set from its recordings, or read it by datasets.import_legacy."
+            )
         try:
-            blocks = cls(samples=content["samples"], types=content["labels_stage0"], qps=content["qps"],
-                         **{name: content[name] for name in (*_COLUMNS[2:], *_PROVENANCE)})
-        except ValueError as problem: raise DatasetError(f"{path}: {problem}") from problem
+            blocks = cls(
+                samples=content["samples"],
+                types=content["labels_stage0"],
+                qps=content["qps"],
+                **{name: content[name] for name in (*_COLUMNS[2:], *_PROVENANCE)},
+            )
+        except ValueError as problem:
+            raise DatasetError(f"{path}: {problem}") from problem
         blocks.sha256 = digest
         if blocks.assignment and blocks.split_hash != split_hash(blocks.assignment):
-            raise DatasetError(f"{path}: the split hash {blocks.split_hash} is not that of its sequences "
-                               f"({split_hash(blocks.assignment)}); the file was altered. Build the data set again.")
+            raise DatasetError(
+                f"{path}: the split hash {blocks.split_hash} is not that of its sequences"
+                f" ({split_hash(blocks.assignment)}); the file was altered. Build the data set"
+                " again."
+            )
         derived = blocks.labels(V6)
         for stage, key in CONTRACT_LABELS.items():
             if not torch.equal(derived[stage], content[key]):
-                at = int((derived[stage] != content[key]).nonzero()[0]) if derived[stage].shape == content[key].shape else 0
-                raise DatasetError(f"{path}: {key} disagrees with labels_stage0, first at block {at} ({blocks.where([at])}); "
-                                   "the file was altered. Build the data set again.")
+                at = (
+                    int((derived[stage] != content[key]).nonzero()[0])
+                    if derived[stage].shape == content[key].shape
+                    else 0
+                )
+                raise DatasetError(
+                    f"{path}: {key} disagrees with labels_stage0, first at block {at}"
+                    f" ({blocks.where([at])}); the file was altered. Build the data set again."
+                )
         return blocks
 
 # %% ../nbs/03_datasets.ipynb #d1da7aec
 def _from_frames(raw_root, recording, table: pd.DataFrame, size: int, margin: int) -> np.ndarray:
-    "Cut the blocks of a table (frame, row, col) from the frames of a recording; uint16 [N, size+2m, size+2m]."
-    pictures, place = read_frames(raw_root, recording), {frame: k for k, frame in enumerate(recording.frames)}
-    samples = np.empty((len(table), size + 2*margin, size + 2*margin), np.uint16)
+    """Cut the blocks of a table (frame, row, col) from the frames of a recording; uint16 [N,
+    size+2m, size+2m].
+    """
+    pictures, place = read_frames(raw_root, recording), {
+        frame: k for k, frame in enumerate(recording.frames)
+    }
+    samples = np.empty((len(table), size + 2 * margin, size + 2 * margin), np.uint16)
     rows, cols = table["row"].to_numpy(), table["col"].to_numpy()
     for frame, at in table.groupby("frame").indices.items():
         if frame not in place:
-            raise ValueError(f"recording {recording.name} has no frame {frame}; its frames are {list(place)[:5]}…")
+            raise ValueError(
+                f"recording {recording.name} has no frame {frame}; its frames are"
+                f" {list(place)[:5]}…"
+            )
         samples[at] = extract_blocks(pictures[place[frame]], rows[at], cols[at], size, margin)
     return samples
 
 
 def build_block_sets(
-    raw_root,                       # folder of recordings, as written by `raw.write_recording`
-    size: int = 16,                 # block size in pixels: 8, 16, 32 or 64
-    margin: int = 0,                # pixels of context on each side, from the frame
-    fractions=(0.7, 0.15, 0.15),    # shares of the blocks for train, val and test
-    seed: int = 42,                 # of the division
-    groups: dict | None = None,     # sequence → group that must not be divided
-    nodes: str | None = None,       # reading of the logs the recordings must have: "coded", "searched"; None: whichever they agree on
-    assignment: dict | None = None, # sequence → split, as in an earlier data set; `split_sequences` draws for the others
-    uncovered: str = "exclude",     # policy for types without a class in v6: "exclude" or "merge"
-) -> dict:                          # "train", "val", "test" → BlockSet
-    "Collect the blocks of all recordings and divide them by sequence. `ValueError` names the recording (and block) that does not fit."
+    raw_root,  # folder of recordings, as written by `raw.write_recording`
+    size: int = 16,  # block size in pixels: 8, 16, 32 or 64
+    margin: int = 0,  # pixels of context on each side, from the frame
+    fractions=(0.7, 0.15, 0.15),  # shares of the blocks for train, val and test
+    seed: int = 42,  # of the division
+    groups: dict | None = None,  # sequence → group that must not be divided
+    # reading of the logs the recordings must have: "coded", "searched"; None: whichever they agree
+    # on
+    nodes: str | None = None,
+    # sequence → split, as in an earlier data set; `split_sequences` draws for the others
+    assignment: dict | None = None,
+    uncovered: str = "exclude",  # policy for types without a class in v6: "exclude" or "merge"
+) -> dict:  # "train", "val", "test" → BlockSet
+    """Collect the blocks of all recordings and divide them by sequence.
+
+    `ValueError` names the recording (and block) that does not fit.
+    """
     recordings = sorted(list_recordings(raw_root), key=lambda recording: recording.name)
-    if not recordings: raise ValueError(f"{raw_root} holds no recordings; the notebook 000_raw writes them.")
+    if not recordings:
+        raise ValueError(f"{raw_root} holds no recordings; the notebook 000_raw writes them.")
     readings = {recording.name: recording.nodes for recording in recordings}
     if len(set(readings.values())) > 1 or nodes not in (None, *readings.values()):
-        found = {reading: [name for name in readings if readings[name] == reading][:3] for reading in sorted(set(readings.values()))}
-        raise ValueError(f"a data set uses one reading of the logs ({nodes or 'coded or searched'}); "
-                         f"the recordings in {raw_root} are {found}. Write them again with one reading.")
+        found = {
+            reading: [name for name in readings if readings[name] == reading][:3]
+            for reading in sorted(set(readings.values()))
+        }
+        raise ValueError(
+            f"a data set uses one reading of the logs ({nodes or 'coded or searched'}); "
+            f"the recordings in {raw_root} are {found}. Write them again with one reading."
+        )
     parts, counts = {}, {}
     for recording in recordings:
         blocks, table = read_recording(raw_root, recording.name, size)
         if not len(table):  # smooth pictures at coarse quantisers are coded in larger blocks
-            warnings.warn(f"recording {recording.name} has no intra {size}×{size} block inside the frame; the data set goes without it", stacklevel=2)
+            warnings.warn(
+                f"recording {recording.name} has no intra {size}×{size} block inside the frame; the"
+                " data set goes without it",
+                stacklevel=2,
+            )
             continue
         core = _from_frames(raw_root, recording, table, size, 0)
         if (wrong := (core != blocks).any(axis=(1, 2))).any():
             first = table.iloc[int(wrong.argmax())]
-            raise ValueError(f"recording {recording.name}: {int(wrong.sum())} stored blocks differ from the frame, first at "
-                             f"frame {first['frame']} row {first['row']} col {first['col']}. Write the recording again.")
-        parts[recording.name] = (_from_frames(raw_root, recording, table, size, margin) if margin else blocks, table)
-        counts[recording.sequence] = counts.get(recording.sequence, 0) + table["type"].value_counts().reindex(range(10), fill_value=0).to_numpy()
-    if not parts: raise ValueError(f"no recording in {raw_root} has an intra {size}×{size} block inside the frame.")
+            raise ValueError(
+                f"recording {recording.name}: {int(wrong.sum())} stored blocks differ from the"
+                f" frame, first at frame {first['frame']} row {first['row']} col {first['col']}."
+                " Write the recording again."
+            )
+        parts[recording.name] = (
+            _from_frames(raw_root, recording, table, size, margin) if margin else blocks,
+            table,
+        )
+        counts[recording.sequence] = (
+            counts.get(recording.sequence, 0)
+            + table["type"].value_counts().reindex(range(10), fill_value=0).to_numpy()
+        )
+    if not parts:
+        raise ValueError(
+            f"no recording in {raw_root} has an intra {size}×{size} block inside the frame."
+        )
     assignment, groups = dict(assignment or {}), dict(groups or {})
-    if unknown := sorted(set(assignment) - set(counts)): raise ValueError(f"assignment names sequences that are not in the data: {unknown[:5]}.")
+    if unknown := sorted(set(assignment) - set(counts)):
+        raise ValueError(f"assignment names sequences that are not in the data: {unknown[:5]}.")
     placed = {groups.get(name, name): split for name, split in assignment.items()}
-    assignment |= {name: placed[groups.get(name, name)] for name in counts if name not in assignment and groups.get(name, name) in placed}
+    assignment |= {
+        name: placed[groups.get(name, name)]
+        for name in counts
+        if name not in assignment and groups.get(name, name) in placed
+    }
     new = {name: n for name, n in counts.items() if name not in assignment}
-    if new: assignment |= split_sequences(new, fractions, seed, {name: key for name, key in groups.items() if name in new})
-    if set(assignment.values()) != set(SPLITS): raise ValueError(f"assignment must fill every split; it has only {sorted(set(assignment.values()))}.")
+    if new:
+        assignment |= split_sequences(
+            new, fractions, seed, {name: key for name, key in groups.items() if name in new}
+        )
+    if set(assignment.values()) != set(SPLITS):
+        raise ValueError(
+            f"assignment must fill every split; it has only {sorted(set(assignment.values()))}."
+        )
     sets = {}
     for split in SPLITS:
-        chosen = [recording for recording in recordings if recording.name in parts and assignment[recording.sequence] == split]
+        chosen = [
+            recording
+            for recording in recordings
+            if recording.name in parts and assignment[recording.sequence] == split
+        ]
         sequences = sorted({recording.sequence for recording in chosen})
-        table = pd.concat([parts[recording.name][1].assign(sequence=sequences.index(recording.sequence), recording=number)
-                           for number, recording in enumerate(chosen)], ignore_index=True)
-        column = {name: torch.from_numpy(table[name].to_numpy(np.int64, copy=True))
-                  for name in ("sequence", "recording", "frame", "row", "col", "type", "qindex")}
-        samples = torch.from_numpy(np.concatenate([parts.pop(recording.name)[0] for recording in chosen])[:, None])
-        sets[split] = BlockSet(samples, column.pop("type"), column.pop("qindex"), **column, sequence_names=sequences,
-                               recording_names=[recording.name for recording in chosen], split=split, size=size, margin=margin,
-                               nodes=recordings[0].nodes, seed=seed, uncovered=uncovered, assignment=assignment, groups=groups)
+        table = pd.concat(
+            [
+                parts[recording.name][1].assign(
+                    sequence=sequences.index(recording.sequence), recording=number
+                )
+                for number, recording in enumerate(chosen)
+            ],
+            ignore_index=True,
+        )
+        column = {
+            name: torch.from_numpy(table[name].to_numpy(np.int64, copy=True))
+            for name in ("sequence", "recording", "frame", "row", "col", "type", "qindex")
+        }
+        samples = torch.from_numpy(
+            np.concatenate([parts.pop(recording.name)[0] for recording in chosen])[:, None]
+        )
+        sets[split] = BlockSet(
+            samples,
+            column.pop("type"),
+            column.pop("qindex"),
+            **column,
+            sequence_names=sequences,
+            recording_names=[recording.name for recording in chosen],
+            split=split,
+            size=size,
+            margin=margin,
+            nodes=recordings[0].nodes,
+            seed=seed,
+            uncovered=uncovered,
+            assignment=assignment,
+            groups=groups,
+        )
     return sets
 
 # %% ../nbs/03_datasets.ipynb #004d8fd1
@@ -397,125 +677,245 @@ def _describe(blocks: BlockSet) -> dict:
     by_qindex = pd.crosstab(table["qindex"], table["type"]).reindex(columns=range(10), fill_value=0)
     stages = {}
     for name, hierarchy in HIERARCHIES.items():
-        counted = distribution(types, hierarchy, blocks.uncovered if not hierarchy.uncovered or hierarchy.merges else "exclude")
-        stages[name] = {stage: dict(zip(rows["class"], rows["blocks"].tolist())) for stage, rows in counted.groupby("stage", sort=False)}
-    return {"file": f"{blocks.split}.pt", "sha256": blocks.sha256, "blocks": len(blocks),
-            "sequences": {name: int(n) for name, n in table["sequence"].value_counts(sort=False).items()},
-            "recordings": {name: int(n) for name, n in table["recording"].value_counts(sort=False).items()},
-            "frames": len(table[["sequence", "frame"]].drop_duplicates()),
-            "types": dict(zip(names, np.bincount(types, minlength=10).tolist())),
-            "types_by_qindex": {str(qindex): dict(zip(names, map(int, counts))) for qindex, counts in by_qindex.iterrows()},
-            "stages": stages, "uncovered": {name: hierarchy.count_uncovered(types) for name, hierarchy in HIERARCHIES.items()}}
+        counted = distribution(
+            types,
+            hierarchy,
+            blocks.uncovered if not hierarchy.uncovered or hierarchy.merges else "exclude",
+        )
+        stages[name] = {
+            stage: dict(zip(rows["class"], rows["blocks"].tolist()))
+            for stage, rows in counted.groupby("stage", sort=False)
+        }
+    return {
+        "file": f"{blocks.split}.pt",
+        "sha256": blocks.sha256,
+        "blocks": len(blocks),
+        "sequences": {
+            name: int(n) for name, n in table["sequence"].value_counts(sort=False).items()
+        },
+        "recordings": {
+            name: int(n) for name, n in table["recording"].value_counts(sort=False).items()
+        },
+        "frames": len(table[["sequence", "frame"]].drop_duplicates()),
+        "types": dict(zip(names, np.bincount(types, minlength=10).tolist())),
+        "types_by_qindex": {
+            str(qindex): dict(zip(names, map(int, counts)))
+            for qindex, counts in by_qindex.iterrows()
+        },
+        "stages": stages,
+        "uncovered": {
+            name: hierarchy.count_uncovered(types) for name, hierarchy in HIERARCHIES.items()
+        },
+    }
 
 
 def write_block_sets(
-    out_root,                   # folder of data sets; `block_<size>/` is made inside
-    sets: dict,                 # split → BlockSet, of one division, size and margin
-) -> dict:                      # the content of metadata.json
+    out_root,  # folder of data sets; `block_<size>/` is made inside
+    sets: dict,  # split → BlockSet, of one division, size and margin
+) -> dict:  # the content of metadata.json
     "Write `block_<size>/{train,val,test}.pt` and `metadata.json`, all or nothing."
     one = next(iter(sets.values()))
     for name in ("split_hash", "size", "margin", "nodes", "uncovered"):
         found = {split: getattr(blocks, name) for split, blocks in sets.items()}
-        if len(set(found.values())) > 1: raise ValueError(f"the splits differ in {name}: {found}; write sets that were built together.")
+        if len(set(found.values())) > 1:
+            raise ValueError(
+                f"the splits differ in {name}: {found}; write sets that were built together."
+            )
     for split, blocks in sets.items():
-        if blocks.split != split: raise ValueError(f"the set given as {split!r} is the {blocks.split!r} split.")
+        if blocks.split != split:
+            raise ValueError(f"the set given as {split!r} is the {blocks.split!r} split.")
     folder = Path(out_root) / f"block_{one.size}"
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:  # leaves in reverse order: metadata.json is renamed last
         meta_path = stack.enter_context(atomic_file(folder / "metadata.json"))
-        for split, blocks in sets.items(): blocks.save(stack.enter_context(atomic_file(folder / f"{split}.pt")))
+        for split, blocks in sets.items():
+            blocks.save(stack.enter_context(atomic_file(folder / f"{split}.pt")))
         total = sum(map(len, sets.values()))
-        content = {"format": "av1nb block sets", "split_hash": one.split_hash, "size": one.size, "margin": one.margin,
-                   "nodes": one.nodes, "seed": one.seed, "normalisation": NORMALISATION, "uncovered_policy": one.uncovered,
-                   "labels_stage0": "partition type 0-9",
-                   "blocks": total, "share": {split: len(blocks) / total for split, blocks in sets.items()},
-                   "assignment": one.assignment, "groups": one.groups, "note": one.note, "versions": one.versions,
-                   "splits": {split: _describe(blocks) for split, blocks in sets.items()}}
-        Path(meta_path).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        content = {
+            "format": "av1nb block sets",
+            "split_hash": one.split_hash,
+            "size": one.size,
+            "margin": one.margin,
+            "nodes": one.nodes,
+            "seed": one.seed,
+            "normalisation": NORMALISATION,
+            "uncovered_policy": one.uncovered,
+            "labels_stage0": "partition type 0-9",
+            "blocks": total,
+            "share": {split: len(blocks) / total for split, blocks in sets.items()},
+            "assignment": one.assignment,
+            "groups": one.groups,
+            "note": one.note,
+            "versions": one.versions,
+            "splits": {split: _describe(blocks) for split, blocks in sets.items()},
+        }
+        Path(meta_path).write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return content
 
 # %% ../nbs/03_datasets.ipynb #ea3f847c
 def read_metadata(
-    out_root,           # folder of data sets
-    size: int = 16,     # block size in pixels
+    out_root,  # folder of data sets
+    size: int = 16,  # block size in pixels
 ) -> dict:
     "Content of a data set's metadata.json. `FileNotFoundError` or `DatasetError`."
     path = Path(out_root) / f"block_{size}" / "metadata.json"
-    if not path.is_file(): raise FileNotFoundError(f"{path} does not exist; the notebook 001_prepare_dataset writes it.")
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem: raise DatasetError(f"{path} is no JSON ({problem}); build the data set again.") from problem
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; the notebook 001_prepare_dataset writes it."
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise DatasetError(f"{path} is no JSON ({problem}); build the data set again.") from problem
 
 # %% ../nbs/03_datasets.ipynb #57ee0f45
 def read_block_sets(
-    out_root,           # folder of data sets
-    size: int = 16,     # block size in pixels
-    splits=SPLITS,      # which of them
-) -> dict:              # split → BlockSet
-    "Read the sets that `write_block_sets` wrote, each checked against metadata.json. `FileNotFoundError` or `DatasetError`."
+    out_root,  # folder of data sets
+    size: int = 16,  # block size in pixels
+    splits=SPLITS,  # which of them
+) -> dict:  # split → BlockSet
+    """Read the sets that `write_block_sets` wrote, each checked against metadata.json.
+
+    `FileNotFoundError` or `DatasetError`.
+    """
     metadata, sets = read_metadata(out_root, size), {}
     for split in splits:
         path = Path(out_root) / f"block_{size}" / f"{split}.pt"
         blocks = BlockSet.load(path)
-        if split not in metadata["splits"]: raise DatasetError(f"{path} is not in its metadata.json; build the data set again.")
+        if split not in metadata["splits"]:
+            raise DatasetError(f"{path} is not in its metadata.json; build the data set again.")
         if blocks.split_hash != metadata["split_hash"]:
-            raise DatasetError(f"{path} has split hash {blocks.split_hash}, metadata.json {metadata['split_hash']}: "
-                               "files of two different data sets. Build the data set again.")
-        if blocks.split != split: raise DatasetError(f"{path} holds the {blocks.split} split; the file was renamed.")
+            raise DatasetError(
+                f"{path} has split hash {blocks.split_hash}, metadata.json"
+                f" {metadata['split_hash']}: files of two different data sets. Build the data set"
+                " again."
+            )
+        if blocks.split != split:
+            raise DatasetError(f"{path} holds the {blocks.split} split; the file was renamed.")
         if blocks.sha256 != metadata["splits"][split]["sha256"]:
-            raise DatasetError(f"{path} is not the file that metadata.json describes (sha256 differs); build the data set again.")
+            raise DatasetError(
+                f"{path} is not the file that metadata.json describes (sha256 differs); build the"
+                " data set again."
+            )
         sets[split] = blocks
     return sets
 
 # %% ../nbs/03_datasets.ipynb #2373da7a
-LEGACY_NOTE = ("imported from files without provenance: sequences are unknown and the split was not made by sequence; "
-               "scores on it do not measure unseen content")
+LEGACY_NOTE = (
+    "imported from files without provenance: sequences are unknown and the split was not made by"
+    " sequence; scores on it do not measure unseen content"
+)
 
 
 def _integers(samples: torch.Tensor, path) -> torch.Tensor:
     "uint16 [N, 1, S, S] from stored samples, integers or x/1023; `DatasetError` unless exact."
-    if samples.dim() == 3: samples = samples[:, None]
-    if samples.dim() != 4 or samples.shape[1] != 1 or samples.shape[2] != samples.shape[3] or not len(samples):
-        raise DatasetError(f"{path}: samples have shape {tuple(samples.shape)}; expected [N, 1, S, S] with at least one block.")
+    if samples.dim() == 3:
+        samples = samples[:, None]
+    if (
+        samples.dim() != 4
+        or samples.shape[1] != 1
+        or samples.shape[2] != samples.shape[3]
+        or not len(samples)
+    ):
+        raise DatasetError(
+            f"{path}: samples have shape {tuple(samples.shape)}; expected [N, 1, S, S] with at"
+            " least one block."
+        )
     if samples.dtype.is_floating_point:
         low, high = (float(value) for value in samples.aminmax())
         scaled = samples.double() * MAX_PIXEL
         off = float((scaled - scaled.round()).abs().max())
         if 0 <= low and high <= 1.01 / MAX_PIXEL and high > 0 and off > 1e-3:
-            raise DatasetError(f"{path}: samples reach only {high:.3g}: they were divided by 1023 twice. "
-                               "Multiply them by 1023 once, then import them; models trained on them saw a thousandth of the scale.")
+            raise DatasetError(
+                f"{path}: samples reach only {high:.3g}: they were divided by 1023 twice. Multiply"
+                " them by 1023 once, then import them; models trained on them saw a thousandth of"
+                " the scale."
+            )
         if not (0 <= low and high <= 1.0001) or off > 1e-3:
-            raise DatasetError(f"{path}: samples in [{low:.4g}, {high:.4g}] are not 10-bit pixels divided by 1023 "
-                               f"(up to {off:.2g} off an integer).")
+            raise DatasetError(
+                f"{path}: samples in [{low:.4g}, {high:.4g}] are not 10-bit pixels divided by 1023 "
+                f"(up to {off:.2g} off an integer)."
+            )
         samples = scaled.round()
-    elif samples.dtype not in _PIXEL_TYPES or (_signed(samples) < 0).any() or (_signed(samples) > MAX_PIXEL).any():
-        raise DatasetError(f"{path}: samples are {samples.dtype}, or outside 0–{MAX_PIXEL}; 10-bit pixels are needed.")
+    elif (
+        samples.dtype not in _PIXEL_TYPES
+        or (_signed(samples) < 0).any()
+        or (_signed(samples) > MAX_PIXEL).any()
+    ):
+        raise DatasetError(
+            f"{path}: samples are {samples.dtype}, or outside 0–{MAX_PIXEL}; 10-bit pixels are"
+            " needed."
+        )
     return samples.to(torch.int32).to(torch.uint16)
 
 
 def import_legacy(
-    path,               # a .pt file of the old layout, or the folder (`block_16`) that holds train.pt, val.pt and perhaps test.pt
-) -> dict:              # split → BlockSet, for the files that were there
-    "Read old files without loss: samples back to uint16, types checked against the stage labels. Warns of the unknown split."
+    # a .pt file of the old layout, or the folder (`block_16`) that holds train.pt, val.pt and
+    # perhaps test.pt
+    path,
+) -> dict:  # split → BlockSet, for the files that were there
+    """Read old files without loss: samples back to uint16, types checked against the stage labels.
+
+    Warns of the unknown split.
+    """
     path = Path(path)
-    files = {split: path / f"{split}.pt" for split in SPLITS if (path / f"{split}.pt").is_file()} if path.is_dir() else {path.stem: path}
-    if not files: raise FileNotFoundError(f"{path} holds none of train.pt, val.pt, test.pt.")
+    files = (
+        {split: path / f"{split}.pt" for split in SPLITS if (path / f"{split}.pt").is_file()}
+        if path.is_dir()
+        else {path.stem: path}
+    )
+    if not files:
+        raise FileNotFoundError(f"{path} holds none of train.pt, val.pt, test.pt.")
     sets, digests = {}, []
     for split, file in files.items():
         content, digest = load_tensors(file)
-        missing = [key for key in CONTRACT_KEYS if not isinstance(content, dict) or key not in content]
-        if missing: raise DatasetError(f"{file} lacks {missing}; the layout needs {list(CONTRACT_KEYS)}.")
-        samples, types = _integers(content["samples"], file), content["labels_stage0"].to(torch.int64)
-        try: expected = V6.labels(types.numpy())
-        except ValueError as problem: raise DatasetError(f"{file}: labels_stage0 must be the partition type 0–9: {problem}") from problem
+        missing = [
+            key for key in CONTRACT_KEYS if not isinstance(content, dict) or key not in content
+        ]
+        if missing:
+            raise DatasetError(f"{file} lacks {missing}; the layout needs {list(CONTRACT_KEYS)}.")
+        samples, types = _integers(content["samples"], file), content["labels_stage0"].to(
+            torch.int64
+        )
+        try:
+            expected = V6.labels(types.numpy())
+        except ValueError as problem:
+            raise DatasetError(
+                f"{file}: labels_stage0 must be the partition type 0–9: {problem}"
+            ) from problem
         for stage, key in CONTRACT_LABELS.items():
             if not np.array_equal(expected[stage], content[key].numpy()):
-                at = int((expected[stage] != content[key].numpy()).argmax()) if len(content[key]) == len(types) else "the end"
-                raise DatasetError(f"{file}: {key} is not what the types in labels_stage0 give (first difference at block {at}); "
-                                   "one of the two is wrong, so the file cannot be used.")
-        nowhere, unknown = torch.zeros(len(samples), dtype=torch.int64), torch.full((len(samples),), -1)
-        sets[split] = BlockSet(samples, types, content["qps"].to(torch.int64), sequence=nowhere, recording=nowhere, frame=unknown,
-                               row=unknown, col=unknown, sequence_names=("unknown",), recording_names=("unknown",), split=split,
-                               size=samples.shape[-1], nodes="unknown", split_hash="legacy", note=LEGACY_NOTE)
+                at = (
+                    int((expected[stage] != content[key].numpy()).argmax())
+                    if len(content[key]) == len(types)
+                    else "the end"
+                )
+                raise DatasetError(
+                    f"{file}: {key} is not what the types in labels_stage0 give (first difference"
+                    f" at block {at}); one of the two is wrong, so the file cannot be used."
+                )
+        nowhere, unknown = torch.zeros(len(samples), dtype=torch.int64), torch.full(
+            (len(samples),), -1
+        )
+        sets[split] = BlockSet(
+            samples,
+            types,
+            content["qps"].to(torch.int64),
+            sequence=nowhere,
+            recording=nowhere,
+            frame=unknown,
+            row=unknown,
+            col=unknown,
+            sequence_names=("unknown",),
+            recording_names=("unknown",),
+            split=split,
+            size=samples.shape[-1],
+            nodes="unknown",
+            split_hash="legacy",
+            note=LEGACY_NOTE,
+        )
         digests.append(digest)
     warnings.warn(f"{path}: {LEGACY_NOTE}.", stacklevel=2)
     name = "legacy-" + hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
@@ -524,189 +924,303 @@ def import_legacy(
 # %% ../nbs/03_datasets.ipynb #dcee48a2
 def stage_subset(
     blocks: BlockSet,
-    hierarchy: Hierarchy,           # V6, V5, …
-    stage: str,                     # name of one of its stages
-    uncovered: str | None = None,   # policy for types without a class; None: the set's own
-) -> tuple:                         # (BlockSet, int64 labels [n], all ≥ 0)
+    hierarchy: Hierarchy,  # V6, V5, …
+    stage: str,  # name of one of its stages
+    uncovered: str | None = None,  # policy for types without a class; None: the set's own
+) -> tuple:  # (BlockSet, int64 labels [n], all ≥ 0)
     "The blocks that truly belong to a stage, and their classes. `ValueError` when there is none."
     hierarchy.stage(stage)
     labels = blocks.labels(hierarchy, uncovered)[stage]
     if not (labels >= 0).any():
-        raise ValueError(f"the {blocks.split} split has no block of stage {stage} of {hierarchy.name}; "
-                         "look at the class distribution in metadata.json.")
+        raise ValueError(
+            f"the {blocks.split} split has no block of stage {stage} of {hierarchy.name}; "
+            "look at the class distribution in metadata.json."
+        )
     return blocks.select(labels >= 0), labels[labels >= 0]
 
 # %% ../nbs/03_datasets.ipynb #36a15f26
 def bootstrap_variants(
-    labels,             # int [N], class of each block, all ≥ 0
-    n: int = 3,         # number of variants
-    seed: int = 42,     # variant k is drawn from (seed, k): it does not depend on n
-) -> list:              # n int64 tensors [N] of positions, sorted, with repetitions
+    labels,  # int [N], class of each block, all ≥ 0
+    n: int = 3,  # number of variants
+    seed: int = 42,  # variant k is drawn from (seed, k): it does not depend on n
+) -> list:  # n int64 tensors [N] of positions, sorted, with repetitions
     "Bootstrap samples within each class, for the members of an ensemble (Breiman, 1996)."
     labels = np.asarray(labels)
     if not len(labels) or labels.min() < 0:
-        raise ValueError("bootstrap_variants needs labels ≥ 0; take the stage's subset first (stage_subset).")
+        raise ValueError(
+            "bootstrap_variants needs labels ≥ 0; take the stage's subset first (stage_subset)."
+        )
     of_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     variants = []
     for number in range(n):
         rng = np.random.default_rng((seed, number))
-        drawn = np.concatenate([positions[rng.integers(len(positions), size=len(positions))] for positions in of_class])
+        drawn = np.concatenate(
+            [positions[rng.integers(len(positions), size=len(positions))] for positions in of_class]
+        )
         variants.append(torch.from_numpy(np.sort(drawn)))
     return variants
 
 # %% ../nbs/03_datasets.ipynb #ba458d3f
 def write_stage3(
-    out_root,                       # folder of data sets, as given to `write_block_sets`
-    sets: dict,                     # split → BlockSet, as written or read
+    out_root,  # folder of data sets, as given to `write_block_sets`
+    sets: dict,  # split → BlockSet, as written or read
     hierarchy: Hierarchy = V6,
-    stages=("RECT", "AB"),          # stages that get a set of their own
-    variants: dict | None = None,   # stage → number of bootstrap variants of its training set; None: {"AB": 3}
-    seed: int = 42,                 # of the bootstrap
-    uncovered: str | None = None,   # policy for types without a class; None: the sets' own
-) -> pd.DataFrame:                  # one row a set: name, blocks of each split, distinct training blocks
-    "Write `block_<size>/stage3/<stage>.pt` and `<stage>_<k>.pt`, k from 1, as positions in the split files."
+    stages=("RECT", "AB"),  # stages that get a set of their own
+    # stage → number of bootstrap variants of its training set; None: {"AB": 3}
+    variants: dict | None = None,
+    seed: int = 42,  # of the bootstrap
+    uncovered: str | None = None,  # policy for types without a class; None: the sets' own
+    # one row a set: name, blocks of each split, distinct training blocks
+) -> pd.DataFrame:
+    """Write `block_<size>/stage3/<stage>.pt` and `<stage>_<k>.pt`, k from 1, as positions in the
+    split files.
+    """
     variants = {"AB": 3} if variants is None else variants
-    if unknown := set(variants) - set(stages): raise ValueError(f"variants are asked for stages that are not written: {sorted(unknown)}.")
+    if unknown := set(variants) - set(stages):
+        raise ValueError(f"variants are asked for stages that are not written: {sorted(unknown)}.")
     if unsaved := [split for split in SPLITS if split not in sets or not sets[split].sha256]:
-        raise ValueError(f"stage-3 sets point into train.pt, val.pt and test.pt; write these sets first (write_block_sets): {unsaved}.")
+        raise ValueError(
+            "stage-3 sets point into train.pt, val.pt and test.pt; write these sets first"
+            f" (write_block_sets): {unsaved}."
+        )
     rows = []
     for stage in stages:
         policy = uncovered or sets["train"].uncovered
         labels = {split: sets[split].labels(hierarchy, policy)[stage].cpu() for split in SPLITS}
         positions = {split: (labels[split] >= 0).nonzero()[:, 0] for split in SPLITS}
         if empty := [split for split in SPLITS if not len(positions[split])]:
-            raise ValueError(f"stage {stage} has no block in {empty}; look at the class distribution in metadata.json.")
+            raise ValueError(
+                f"stage {stage} has no block in {empty}; look at the class distribution in"
+                " metadata.json."
+            )
         training = {stage: positions["train"]}
-        drawn = bootstrap_variants(labels["train"][positions["train"]], variants.get(stage, 0), seed)
-        training |= {f"{stage}_{number}": positions["train"][chosen] for number, chosen in enumerate(drawn, start=1)}
+        drawn = bootstrap_variants(
+            labels["train"][positions["train"]], variants.get(stage, 0), seed
+        )
+        training |= {
+            f"{stage}_{number}": positions["train"][chosen]
+            for number, chosen in enumerate(drawn, start=1)
+        }
         for name, chosen in training.items():
             index = positions | {"train": chosen}
-            content = {"format": "av1nb stage set", "name": name, "stage": stage, "hierarchy": hierarchy.name, "uncovered": policy,
-                       "seed": seed, "class_names": list(hierarchy.class_names(stage)), "split_hash": sets["train"].split_hash,
-                       "index": index, "labels": {split: labels[split][index[split]] for split in SPLITS},
-                       "sources": {split: sets[split].sha256 for split in SPLITS}, "versions": versions()}
-            digest = save_tensors(Path(out_root) / f"block_{sets['train'].size}" / "stage3" / f"{name}.pt", content)
-            rows.append({"set": name, **{split: len(index[split]) for split in SPLITS}, "distinct": len(chosen.unique()), "sha256": digest})
+            content = {
+                "format": "av1nb stage set",
+                "name": name,
+                "stage": stage,
+                "hierarchy": hierarchy.name,
+                "uncovered": policy,
+                "seed": seed,
+                "class_names": list(hierarchy.class_names(stage)),
+                "split_hash": sets["train"].split_hash,
+                "index": index,
+                "labels": {split: labels[split][index[split]] for split in SPLITS},
+                "sources": {split: sets[split].sha256 for split in SPLITS},
+                "versions": versions(),
+            }
+            digest = save_tensors(
+                Path(out_root) / f"block_{sets['train'].size}" / "stage3" / f"{name}.pt", content
+            )
+            rows.append({
+                "set": name,
+                **{split: len(index[split]) for split in SPLITS},
+                "distinct": len(chosen.unique()),
+                "sha256": digest,
+            })
     return pd.DataFrame(rows)
 
 # %% ../nbs/03_datasets.ipynb #ccb83fe3
 def read_stage3(
-    out_root,               # folder of data sets
-    name: str,              # "RECT", "AB", "AB_1", …
-    size: int = 16,         # block size in pixels
-    sets: dict | None = None, # the split sets if they have been read already
-) -> dict:                  # split → (BlockSet, int64 labels)
-    "Read a stage-3 set. `DatasetError` when it was made from other split files, or its labels do not fit."
+    out_root,  # folder of data sets
+    name: str,  # "RECT", "AB", "AB_1", …
+    size: int = 16,  # block size in pixels
+    sets: dict | None = None,  # the split sets if they have been read already
+) -> dict:  # split → (BlockSet, int64 labels)
+    """Read a stage-3 set.
+
+    `DatasetError` when it was made from other split files, or its labels do not fit.
+    """
     path = Path(out_root) / f"block_{size}" / "stage3" / f"{name}.pt"
     if not path.is_file():
         there = sorted(file.stem for file in path.parent.glob("*.pt"))
-        raise FileNotFoundError(f"{path} does not exist (there: {there}); the notebook 002_prepare_stage3 writes the stage-3 sets.")
+        raise FileNotFoundError(
+            f"{path} does not exist (there: {there}); the notebook 002_prepare_stage3 writes the"
+            " stage-3 sets."
+        )
     content, _ = load_tensors(path)
-    if not isinstance(content, dict) or content.get("format") != "av1nb stage set": raise DatasetError(f"{path} is no stage-3 set.")
+    if not isinstance(content, dict) or content.get("format") != "av1nb stage set":
+        raise DatasetError(f"{path} is no stage-3 set.")
     sets = read_block_sets(out_root, size) if sets is None else sets
     hierarchy, chosen = HIERARCHIES[content["hierarchy"]], {}
     for split in SPLITS:
         if sets[split].sha256 != content["sources"][split]:
-            raise DatasetError(f"{path} was made from another {split}.pt than the one beside it; run 002_prepare_stage3 again.")
+            raise DatasetError(
+                f"{path} was made from another {split}.pt than the one beside it; run"
+                " 002_prepare_stage3 again."
+            )
         blocks = sets[split].select(content["index"][split])
         labels = content["labels"][split].to(blocks.types.device)
-        if not torch.equal(blocks.labels(hierarchy, content["uncovered"])[content["stage"]], labels):
-            raise DatasetError(f"{path}: the {split} labels are not those of the blocks it points to; run 002_prepare_stage3 again.")
+        if not torch.equal(
+            blocks.labels(hierarchy, content["uncovered"])[content["stage"]], labels
+        ):
+            raise DatasetError(
+                f"{path}: the {split} labels are not those of the blocks it points to; run"
+                " 002_prepare_stage3 again."
+            )
         chosen[split] = (blocks, labels)
     return chosen
 
 # %% ../nbs/03_datasets.ipynb #b40a4f19
 class BalancedSampler:
-    "Class-balanced draws with replacement; epoch k is always the same for the same labels and seed."
-    def __init__(self,
-        labels,                     # int [N], class of each block, all ≥ 0
+    """Class-balanced draws with replacement; epoch k is always the same for the same labels and
+    seed.
+    """
+
+    def __init__(
+        self,
+        labels,  # int [N], class of each block, all ≥ 0
         seed: int = 42,
         length: int | None = None,  # blocks drawn in an epoch; None: N
     ):
         labels = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
         if not len(labels) or labels.min() < 0:
-            raise ValueError("BalancedSampler needs labels ≥ 0; take the stage's subset first (stage_subset).")
+            raise ValueError(
+                "BalancedSampler needs labels ≥ 0; take the stage's subset first (stage_subset)."
+            )
         self.seed, self.length = seed, len(labels) if length is None else length
         self.classes, self.counts = np.unique(labels, return_counts=True)
-        if self.length < len(self.classes): raise ValueError(f"an epoch of {self.length} blocks cannot hold {len(self.classes)} classes.")
+        if self.length < len(self.classes):
+            raise ValueError(
+                f"an epoch of {self.length} blocks cannot hold {len(self.classes)} classes."
+            )
         self._by_class = np.argsort(labels, kind="stable")
         self._start = np.cumsum(self.counts) - self.counts
 
-    def __len__(self) -> int: return self.length
+    def __len__(self) -> int:
+        return self.length
 
-    def order(self,
-        epoch: int,     # any number ≥ 0
+    def order(
+        self,
+        epoch: int,  # any number ≥ 0
     ) -> torch.Tensor:  # int64 [length], positions
         "Positions of an epoch's blocks in the order in which they are used."
         rng = np.random.default_rng((self.seed, epoch))
         drawn = rng.permutation(np.arange(self.length) % len(self.classes))
-        return torch.from_numpy(self._by_class[self._start[drawn] + rng.integers(self.counts[drawn])])
+        return torch.from_numpy(
+            self._by_class[self._start[drawn] + rng.integers(self.counts[drawn])]
+        )
 
-    def table(self) -> pd.DataFrame:    # class, blocks, draws in an epoch, factor
+    def table(self) -> pd.DataFrame:  # class, blocks, draws in an epoch, factor
         "What balancing does to each class."
         draws = np.bincount(np.arange(self.length) % len(self.classes))
-        return pd.DataFrame({"class": self.classes, "blocks": self.counts, "draws": draws,
-                             "factor": draws / self.counts * self.counts.sum() / self.length})
+        return pd.DataFrame({
+            "class": self.classes,
+            "blocks": self.counts,
+            "draws": draws,
+            "factor": draws / self.counts * self.counts.sum() / self.length,
+        })
 
 # %% ../nbs/03_datasets.ipynb #d161d3c8
 class Batches:
-    "Iterate over normalised batches `(x, y)`, or `(x, y, qindex)`: x float32 [B, 1, S, S] in [0, 1], y int64 [B]."
-    def __init__(self,
-        blocks,                         # BlockSet, or uint16 tensor [N, 1, S, S] with pixels 0–1023
-        labels=None,                    # int64 [N], all ≥ 0; None: the ten-way types of the BlockSet
-        batch_size: int = 128,          # ≥ 2
+    """Iterate over normalised batches `(x, y)`, or `(x, y, qindex)`: x float32 [B, 1, S, S] in [0,
+    1], y int64 [B].
+    """
+
+    def __init__(
+        self,
+        blocks,  # BlockSet, or uint16 tensor [N, 1, S, S] with pixels 0–1023
+        # int64 [N], all ≥ 0; None: the ten-way types of the BlockSet
+        labels=None,
+        batch_size: int = 128,  # ≥ 2
         sampler: BalancedSampler | None = None,  # draws the epoch; None: every block once
-        shuffle: bool = False,          # without a sampler: a new order every epoch
-        seed: int = 42,                 # of order and augmentation
-        augment=None,                   # called as augment(x, y, generator) -> (x, y) on every batch
-        device="cpu",                   # where batches are wanted
-        qindex: bool = False,           # also give the qindex of each block (int64), for models that take it
-        resident: bool = True,          # keep all samples on the device; False: send them batch by batch
+        shuffle: bool = False,  # without a sampler: a new order every epoch
+        seed: int = 42,  # of order and augmentation
+        # called as augment(x, y, generator) -> (x, y) on every batch
+        augment=None,
+        device="cpu",  # where batches are wanted
+        # also give the qindex of each block (int64), for models that take it
+        qindex: bool = False,
+        # keep all samples on the device; False: send them batch by batch
+        resident: bool = True,
     ):
         samples = blocks.samples if isinstance(blocks, BlockSet) else blocks
         labels = blocks.types if labels is None and isinstance(blocks, BlockSet) else labels
-        if labels is None: raise ValueError("Batches of a plain tensor need labels.")
-        if samples.dtype != torch.uint16: raise ValueError(f"samples must be uint16, not {samples.dtype}; Batches normalises them, once.")
+        if labels is None:
+            raise ValueError("Batches of a plain tensor need labels.")
+        if samples.dtype != torch.uint16:
+            raise ValueError(
+                f"samples must be uint16, not {samples.dtype}; Batches normalises them, once."
+            )
         labels = torch.as_tensor(labels)
         if len(labels) != len(samples) or not len(samples):
-            raise ValueError(f"{len(samples)} samples and {len(labels)} labels; equal and non-zero numbers are needed.")
-        if labels.min() < 0: raise ValueError("labels contain −1, blocks that are not in this stage; take its subset first (stage_subset).")
-        if batch_size < 2: raise ValueError(f"batch_size must be at least 2, not {batch_size}.")
-        if sampler is not None and shuffle: raise ValueError("a sampler decides the order; leave shuffle off.")
+            raise ValueError(
+                f"{len(samples)} samples and {len(labels)} labels; equal and non-zero numbers are"
+                " needed."
+            )
+        if labels.min() < 0:
+            raise ValueError(
+                "labels contain −1, blocks that are not in this stage; take its subset first"
+                " (stage_subset)."
+            )
+        if batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2, not {batch_size}.")
+        if sampler is not None and shuffle:
+            raise ValueError("a sampler decides the order; leave shuffle off.")
         if sampler is not None and int(sampler.counts.sum()) != len(samples):
-            raise ValueError(f"the sampler was made for {int(sampler.counts.sum())} blocks, these are {len(samples)}.")
-        if qindex and not isinstance(blocks, BlockSet): raise ValueError("qindex is known only for a BlockSet.")
+            raise ValueError(
+                f"the sampler was made for {int(sampler.counts.sum())} blocks, these are"
+                f" {len(samples)}."
+            )
+        if qindex and not isinstance(blocks, BlockSet):
+            raise ValueError("qindex is known only for a BlockSet.")
         if int(_signed(samples).amin()) < 0 or int(_signed(samples).amax()) > MAX_PIXEL:
             raise ValueError(f"samples hold a pixel outside 0–{MAX_PIXEL}.")
         self.device = torch.device(device)
         home = self.device if resident else torch.device("cpu")
-        self.samples = _signed(samples).to(home)  # int16: the same bytes, with kernels on every device
-        self.labels, self.qps = labels.to(home, torch.int64), blocks.qps.to(home) if qindex else None
-        self.batch_size, self.sampler, self.shuffle, self.seed, self.augment = batch_size, sampler, shuffle, seed, augment
+        # int16: the same bytes, with kernels on every device
+        self.samples = _signed(samples).to(home)
+        self.labels, self.qps = labels.to(home, torch.int64), (
+            blocks.qps.to(home) if qindex else None
+        )
+        self.batch_size, self.sampler, self.shuffle, self.seed, self.augment = (
+            batch_size,
+            sampler,
+            shuffle,
+            seed,
+            augment,
+        )
         self.blocks = blocks if isinstance(blocks, BlockSet) else None
         self.batch_ids = torch.empty(0, dtype=torch.int64)
         self.set_epoch(1)
 
-    def set_epoch(self,
-        epoch: int,         # epochs count from 1
-        batch: int = 0,     # batches of that epoch to leave out, when a run continues in its middle
+    def set_epoch(
+        self,
+        epoch: int,  # epochs count from 1
+        batch: int = 0,  # batches of that epoch to leave out, when a run continues in its middle
     ):
-        "Choose the epoch that the next iteration gives; without it every iteration gives the same one."
+        """Choose the epoch that the next iteration gives; without it every iteration gives the same
+        one.
+        """
         self.epoch, self.first = epoch, batch
 
-    def order(self) -> torch.Tensor:    # int64, on the CPU
+    def order(self) -> torch.Tensor:  # int64, on the CPU
         "Positions of the blocks of the current epoch, in order of use."
-        if self.sampler is not None: return self.sampler.order(self.epoch)
-        if self.shuffle: return torch.from_numpy(np.random.default_rng((self.seed, self.epoch)).permutation(len(self.samples)))
+        if self.sampler is not None:
+            return self.sampler.order(self.epoch)
+        if self.shuffle:
+            return torch.from_numpy(
+                np.random.default_rng((self.seed, self.epoch)).permutation(len(self.samples))
+            )
         return torch.arange(len(self.samples))
 
     def _bounds(self):
         total = len(self.samples) if self.sampler is None else len(self.sampler)
         starts = list(range(0, total, self.batch_size))
-        if len(starts) > 1 and total - starts[-1] == 1: starts.pop()
+        if len(starts) > 1 and total - starts[-1] == 1:
+            starts.pop()
         return list(zip(starts, starts[1:] + [total]))
 
-    def __len__(self) -> int: return len(self._bounds())
+    def __len__(self) -> int:
+        return len(self._bounds())
 
     def __iter__(self):
         order = self.order()
@@ -714,9 +1228,11 @@ class Batches:
         generator = torch.Generator(self.device)
         seeds = np.random.SeedSequence((self.seed, self.epoch)).generate_state(len(self), np.uint64)
         for number, (start, stop) in enumerate(self._bounds()):
-            if number < self.first: continue
+            if number < self.first:
+                continue
             self.batch_ids, index = order[start:stop], there[start:stop]
-            x = to_float(self.samples.index_select(0, index).to(self.device), check=False)  # whole rows: several times faster than indexing
+            # whole rows: several times faster than indexing
+            x = to_float(self.samples.index_select(0, index).to(self.device), check=False)
             y = self.labels.index_select(0, index).to(self.device)
             if self.augment is not None:
                 generator.manual_seed(int(seeds[number] >> np.uint64(1)))
@@ -727,127 +1243,263 @@ class Batches:
 @dataclass
 class Audit:
     "Result of `audit`: `table` with one row a check, `ok`, and `raise_if_failed`."
-    table: pd.DataFrame     # check, split, blocks (looked at), found (problems or occurrences), ok (bool), detail
+
+    # check, split, blocks (looked at), found (problems or occurrences), ok (bool), detail
+    table: pd.DataFrame
 
     @property
-    def ok(self) -> bool: return bool(self.table["ok"].all())
+    def ok(self) -> bool:
+        return bool(self.table["ok"].all())
 
     @property
-    def failed(self) -> pd.DataFrame: return self.table[~self.table["ok"]]
+    def failed(self) -> pd.DataFrame:
+        return self.table[~self.table["ok"]]
 
     def raise_if_failed(self):
         "`DatasetError` that lists the failed checks."
         if not self.ok:
-            said = [f"{row.check} ({row.split}): {row.found} of {row.blocks}" + (f", {row.detail}" if row.detail else "")
-                    for row in self.failed.itertuples()]
+            said = [
+                f"{row.check} ({row.split}): {row.found} of {row.blocks}"
+                + (f", {row.detail}" if row.detail else "")
+                for row in self.failed.itertuples()
+            ]
             raise DatasetError("the data set failed its audit: " + "; ".join(said))
 
-    def _repr_html_(self): return self.table.to_html(index=False)
+    def _repr_html_(self):
+        return self.table.to_html(index=False)
 
 # %% ../nbs/03_datasets.ipynb #723c8511
 def pixel_hashes(
     blocks: BlockSet,
-) -> np.ndarray:    # uint64 [N]
+) -> np.ndarray:  # uint64 [N]
     "64-bit hash of the pixels of each block, without its margin: equal pixels, equal hashes."
     margin, size = blocks.margin, blocks.size
-    core = blocks.samples.cpu().numpy()[:, 0, margin:margin + size, margin:margin + size]
+    core = blocks.samples.cpu().numpy()[:, 0, margin : margin + size, margin : margin + size]
     words = np.ascontiguousarray(core).reshape(len(core), -1).view(np.uint64)
     return pd.util.hash_pandas_object(pd.DataFrame(words), index=False).to_numpy()
 
 # %% ../nbs/03_datasets.ipynb #ead14170
 def _compare(blocks: BlockSet, raw_root, recordings: dict) -> dict:
-    "Masks of the blocks that disagree with frame, label files and log; and which blocks have a log. The raw folder is the witness."
+    """Masks of the blocks that disagree with frame, label files and log; and which blocks have a
+    log.
+
+    The raw folder is the witness.
+    """
     table = blocks.table()
     wrong = {name: np.zeros(len(blocks), bool) for name in ("frame", "files", "log", "logged")}
     samples = blocks.samples.cpu().numpy()[:, 0]
     place = ["frame", "row", "col"]
     for name, at in table.groupby("recording").indices.items():
         if name not in recordings:
-            for key in ("frame", "files"): wrong[key][at] = True
+            for key in ("frame", "files"):
+                wrong[key][at] = True
             continue
         recording, mine = recordings[name], table.iloc[at].reset_index(drop=True)
-        inside = (mine["row"].between(0, recording.height - blocks.size) & (mine["row"] % blocks.size == 0)
-                  & mine["col"].between(0, recording.width - blocks.size) & (mine["col"] % blocks.size == 0)
-                  & mine["frame"].isin(list(recording.frames)) & (mine["sequence"] == recording.sequence)).to_numpy()
+        inside = (
+            mine["row"].between(0, recording.height - blocks.size)
+            & (mine["row"] % blocks.size == 0)
+            & mine["col"].between(0, recording.width - blocks.size)
+            & (mine["col"] % blocks.size == 0)
+            & mine["frame"].isin(list(recording.frames))
+            & (mine["sequence"] == recording.sequence)
+        ).to_numpy()
         wrong["frame"][at] = ~inside
         again = _from_frames(raw_root, recording, mine[inside], blocks.size, blocks.margin)
         wrong["frame"][at[inside]] = (again != samples[at[inside]]).any(axis=(1, 2))
         witnesses = {"files": read_recording(raw_root, name, blocks.size)[1]}
         if (folder := Path(raw_root) / "logs" / name).is_dir():
-            nodes = read_partition_logs(folder, searched=recording.nodes == "searched", width=recording.width, height=recording.height)
+            nodes = read_partition_logs(
+                folder,
+                searched=recording.nodes == "searched",
+                width=recording.width,
+                height=recording.height,
+            )
             witnesses["log"] = nodes[(nodes["size"] == blocks.size) & (nodes["frame_type"] == 0)]
             wrong["logged"][at] = True
         for key, witness in witnesses.items():
-            found = mine[place].merge(witness.drop_duplicates(place)[[*place, "type", "qindex"]], on=place, how="left")
-            wrong[key][at] = ((found["type"] != mine["type"]) | (found["qindex"] != mine["qindex"])).to_numpy()
+            found = mine[place].merge(
+                witness.drop_duplicates(place)[[*place, "type", "qindex"]], on=place, how="left"
+            )
+            wrong[key][at] = (
+                (found["type"] != mine["type"]) | (found["qindex"] != mine["qindex"])
+            ).to_numpy()
     return wrong
 
 
 def audit(
-    sets: dict,             # split → BlockSet
-    raw_root=None,          # folder of recordings, the witness for pixels and labels; None: only what the sets themselves show
-    flat_range: int = 4,    # a block whose values span at most this (of 1023) is flat; 4 is one step of an 8-bit picture
-    allowed_shared: int = 0, # textured blocks that may have identical pixels in two splits
+    sets: dict,  # split → BlockSet
+    # folder of recordings, the witness for pixels and labels; None: only what the sets themselves
+    # show
+    raw_root=None,
+    # a block whose values span at most this (of 1023) is flat; 4 is one step of an 8-bit picture
+    flat_range: int = 4,
+    allowed_shared: int = 0,  # textured blocks that may have identical pixels in two splits
 ) -> Audit:
-    "Re-check a data set and report leakage, duplicates and ranges, one row a check; rows that only count are always ok."
+    """Re-check a data set and report leakage, duplicates and ranges, one row a check; rows that
+    only count are always ok.
+    """
     rows = []
 
     def add(check, split, blocks, wrong, detail="", counts_only=False, allowed=0):
         found = int(np.sum(np.asarray(wrong)))
-        if not detail and found and np.ndim(wrong) and split in sets: detail = sets[split].where(np.flatnonzero(wrong), limit=1)
-        rows.append({"check": check, "split": split, "blocks": int(blocks), "found": found,
-                     "ok": counts_only or found <= allowed, "detail": detail})
+        if not detail and found and np.ndim(wrong) and split in sets:
+            detail = sets[split].where(np.flatnonzero(wrong), limit=1)
+        rows.append({
+            "check": check,
+            "split": split,
+            "blocks": int(blocks),
+            "found": found,
+            "ok": counts_only or found <= allowed,
+            "detail": detail,
+        })
 
-    recordings = {recording.name: recording for recording in list_recordings(raw_root)} if raw_root is not None else None
+    recordings = (
+        {recording.name: recording for recording in list_recordings(raw_root)}
+        if raw_root is not None
+        else None
+    )
     hashes, flat = {}, {}
     for split, blocks in sets.items():
         n, table, pixels = len(blocks), blocks.table(), _signed(blocks.samples.cpu())
         low, high = pixels.amin(dim=(1, 2, 3)), pixels.amax(dim=(1, 2, 3))
-        core = pixels[..., blocks.margin:blocks.margin + blocks.size, blocks.margin:blocks.margin + blocks.size]
-        hashes[split], flat[split] = pixel_hashes(blocks), (core.amax(dim=(1, 2, 3)) - core.amin(dim=(1, 2, 3)) <= flat_range).numpy()
+        core = pixels[
+            ...,
+            blocks.margin : blocks.margin + blocks.size,
+            blocks.margin : blocks.margin + blocks.size,
+        ]
+        hashes[split], flat[split] = (
+            pixel_hashes(blocks),
+            (core.amax(dim=(1, 2, 3)) - core.amin(dim=(1, 2, 3)) <= flat_range).numpy(),
+        )
         add("provenance is known", split, n, np.full(n, not blocks.assignment), blocks.note)
         add("pixels within 0–1023", split, n, ((low < 0) | (high > MAX_PIXEL)).numpy())
-        add("type is legal for the size", split, n, ~table["type"].isin([int(kind) for kind in legal_types(blocks.size)]).to_numpy())
+        add(
+            "type is legal for the size",
+            split,
+            n,
+            ~table["type"].isin([int(kind) for kind in legal_types(blocks.size)]).to_numpy(),
+        )
         add("qindex within 0–255", split, n, ~table["qindex"].between(0, 255).to_numpy())
-        add("row and column on the grid", split, n, ((table["row"] % blocks.size != 0) | (table["col"] % blocks.size != 0)
-                                                     | (table["row"] < 0) | (table["col"] < 0)).to_numpy())
-        add("node occurs once", split, n, table.duplicated(["recording", "frame", "row", "col"]).to_numpy())
-        add("sequence belongs to the split", split, n, (table["sequence"].map(blocks.assignment) != split).to_numpy())
+        add(
+            "row and column on the grid",
+            split,
+            n,
+            (
+                (table["row"] % blocks.size != 0)
+                | (table["col"] % blocks.size != 0)
+                | (table["row"] < 0)
+                | (table["col"] < 0)
+            ).to_numpy(),
+        )
+        add(
+            "node occurs once",
+            split,
+            n,
+            table.duplicated(["recording", "frame", "row", "col"]).to_numpy(),
+        )
+        add(
+            "sequence belongs to the split",
+            split,
+            n,
+            (table["sequence"].map(blocks.assignment) != split).to_numpy(),
+        )
         if recordings is not None:
             wrong = _compare(blocks, raw_root, recordings)
             add("pixels are the frame's", split, n, wrong["frame"])
             add("type and qindex are the label files'", split, n, wrong["files"])
-            there = {name: recordings[name].blocks.get(blocks.size, 0) for name in blocks.recording_names if name in recordings}
-            missing = pd.Series(there) - table["recording"].value_counts().reindex(there, fill_value=0)
-            add("no block of its recordings is missing", split, sum(there.values()), int(missing.abs().sum()),
-                ", ".join(missing.index[missing != 0][:3]))
+            there = {
+                name: recordings[name].blocks.get(blocks.size, 0)
+                for name in blocks.recording_names
+                if name in recordings
+            }
+            missing = pd.Series(there) - table["recording"].value_counts().reindex(
+                there, fill_value=0
+            )
+            add(
+                "no block of its recordings is missing",
+                split,
+                sum(there.values()),
+                int(missing.abs().sum()),
+                ", ".join(missing.index[missing != 0][:3]),
+            )
             without = sorted(set(table["recording"][~wrong["logged"]]))
-            add("type and qindex are the log's", split, wrong["logged"].sum(), wrong["log"],
-                f"no log: {without[:3]}" if without and not wrong["log"].any() else "")
-        content = pd.DataFrame({"hash": hashes[split], **table[["sequence", "frame", "row", "col", "type", "qindex"]]})
+            add(
+                "type and qindex are the log's",
+                split,
+                wrong["logged"].sum(),
+                wrong["log"],
+                f"no log: {without[:3]}" if without and not wrong["log"].any() else "",
+            )
+        content = pd.DataFrame(
+            {"hash": hashes[split], **table[["sequence", "frame", "row", "col", "type", "qindex"]]}
+        )
         places = content.drop_duplicates(["sequence", "frame", "row", "col"])
         repeated = places.duplicated("hash", keep=False).to_numpy()
-        for said, kind in (("flat", flat[split][places.index]), ("textured", ~flat[split][places.index])):
-            add(f"count: equal pixels at several places, {said}", split, len(places), int((repeated & kind).sum()), counts_only=True)
+        for said, kind in (
+            ("flat", flat[split][places.index]),
+            ("textured", ~flat[split][places.index]),
+        ):
+            add(
+                f"count: equal pixels at several places, {said}",
+                split,
+                len(places),
+                int((repeated & kind).sum()),
+                counts_only=True,
+            )
         for same, said in ((["hash"], ""), (["hash", "qindex"], " at one qindex")):
             several = content.groupby(same)["type"].transform("nunique") > 1
-            add(f"count: equal pixels with different types{said}", split, n, int(several.sum()), counts_only=True)
-    for first, second in [(a, b) for k, a in enumerate(sets) for b in list(sets)[k + 1:]]:
+            add(
+                f"count: equal pixels with different types{said}",
+                split,
+                n,
+                int(several.sum()),
+                counts_only=True,
+            )
+    for first, second in [(a, b) for k, a in enumerate(sets) for b in list(sets)[k + 1 :]]:
         pair, one, two = f"{first}, {second}", sets[first], sets[second]
         both = len(one) + len(two)
         if one.assignment and two.assignment:
             names = [set(blocks.table()["sequence"]) for blocks in (one, two)]
-            held = [{blocks.groups.get(name, name) for name in found} for blocks, found in zip((one, two), names)]
-            for check, (left, right) in (("sequence in one split only", names), ("group in one split only", held)):
+            held = [
+                {blocks.groups.get(name, name) for name in found}
+                for blocks, found in zip((one, two), names)
+            ]
+            for check, (left, right) in (
+                ("sequence in one split only", names),
+                ("group in one split only", held),
+            ):
                 add(check, pair, both, len(left & right), ", ".join(sorted(left & right)[:3]))
-        differing = [name for name in ("split_hash", "size", "margin", "nodes", "uncovered") if getattr(one, name) != getattr(two, name)]
-        add("same division, size, margin and reading", pair, both, len(differing), ", ".join(differing))
+        differing = [
+            name
+            for name in ("split_hash", "size", "margin", "nodes", "uncovered")
+            if getattr(one, name) != getattr(two, name)
+        ]
+        add(
+            "same division, size, margin and reading",
+            pair,
+            both,
+            len(differing),
+            ", ".join(differing),
+        )
         shared = np.isin(hashes[second], hashes[first])
         textured = np.flatnonzero(shared & ~flat[second])
         detail = ""
         if len(textured):
             twin = int(np.flatnonzero(hashes[first] == hashes[second][textured[0]])[0])
             detail = f"{two.where(textured, limit=1)} equals {one.where([twin])}"
-        add("textured blocks in one split only", pair, both, len(textured), detail, allowed=allowed_shared)
-        add("count: flat blocks in both splits", pair, both, int((shared & flat[second]).sum()), counts_only=True)
+        add(
+            "textured blocks in one split only",
+            pair,
+            both,
+            len(textured),
+            detail,
+            allowed=allowed_shared,
+        )
+        add(
+            "count: flat blocks in both splits",
+            pair,
+            both,
+            int((shared & flat[second]).sum()),
+            counts_only=True,
+        )
     return Audit(pd.DataFrame(rows))

@@ -33,7 +33,17 @@ from skimage.metrics import structural_similarity
 from .joint import JointPredictor
 from .partitions import LEVELS, MI, SIZES, PartitionType, is_inside, legal_types, mi_shape
 from .raw import probe_video, read_video_planes
-from .streams import Libaom, LibaomError, StreamError, Trees, _check_encoder, atomic_file, encode, load_libaom, write_bytes
+from av1nb.streams import (
+    Libaom,
+    LibaomError,
+    StreamError,
+    Trees,
+    _check_encoder,
+    atomic_file,
+    encode,
+    load_libaom,
+    write_bytes,
+)
 
 # %% ../nbs/17_encoder.ipynb #5b9ef4e7
 HOOK_VERSION = 1  # of the three functions and of the tables, see libaom/av1nb_hook.h
@@ -47,14 +57,34 @@ def encoder_cache() -> Path:  # folder of the libraries that `make encoder` buil
 def find_encoder(
     path: str | os.PathLike | None = None,  # shared library with the hook; None looks for one
 ) -> tuple[Path, str]:  # what to load and where it was found
-    "First of: `path`, the environment variable AV1NB_ENCODER, the newest library in `encoder_cache`. Raises `LibaomError` if there is none."
-    for candidate, source in ((path, "given path"), (os.environ.get("AV1NB_ENCODER") or None, "environment variable AV1NB_ENCODER")):
-        if candidate is None: continue
-        if not Path(candidate).is_file(): raise LibaomError(f"There is no libaom library at {candidate} ({source}).")
+    """First of: `path`, the environment variable AV1NB_ENCODER, the newest library in
+    `encoder_cache`.
+
+    Raises `LibaomError` if there is none.
+    """
+    for candidate, source in (
+        (path, "given path"),
+        (os.environ.get("AV1NB_ENCODER") or None, "environment variable AV1NB_ENCODER"),
+    ):
+        if candidate is None:
+            continue
+        if not Path(candidate).is_file():
+            raise LibaomError(f"There is no libaom library at {candidate} ({source}).")
         return Path(candidate).resolve(), source
-    built = [record for record in encoder_cache().glob("libaom-*/build.json") if record.with_name("libaom.so").is_file()]
-    if not built: raise LibaomError(f"The libaom with the partition hook is not in {encoder_cache()}: build it with make encoder, or name a library file in AV1NB_ENCODER.")
-    return max(built, key=lambda record: record.stat().st_mtime_ns).with_name("libaom.so").resolve(), "cache"
+    built = [
+        record
+        for record in encoder_cache().glob("libaom-*/build.json")
+        if record.with_name("libaom.so").is_file()
+    ]
+    if not built:
+        raise LibaomError(
+            f"The libaom with the partition hook is not in {encoder_cache()}: build it with make"
+            " encoder, or name a library file in AV1NB_ENCODER."
+        )
+    return (
+        max(built, key=lambda record: record.stat().st_mtime_ns).with_name("libaom.so").resolve(),
+        "cache",
+    )
 
 
 @lru_cache(maxsize=None)
@@ -63,44 +93,74 @@ def _hooked(path, source):
     number, address = ctypes.c_int, ctypes.c_void_p
     try:
         library._bind("av1nb_hook_version", number)
-        library._bind("av1nb_hook_set", number, address, address, address, address, number, number, number, number)
+        library._bind(
+            "av1nb_hook_set",
+            number,
+            address,
+            address,
+            address,
+            address,
+            number,
+            number,
+            number,
+            number,
+        )
         library._bind("av1nb_hook_counts", None, address)
     except LibaomError as error:
-        raise LibaomError(f"{library.name}, {source}, is a stock library without the partition hook. Build the one with the hook with make encoder.") from error
+        raise LibaomError(
+            f"{library.name}, {source}, is a stock library without the partition hook. Build the"
+            " one with the hook with make encoder."
+        ) from error
     if (version := library.av1nb_hook_version()) != HOOK_VERSION:
-        raise LibaomError(f"{library.name}, {source}, has version {version} of the partition hook; this av1nb needs version {HOOK_VERSION}. Build it again with make encoder.")
+        raise LibaomError(
+            f"{library.name}, {source}, has version {version} of the partition hook; this av1nb"
+            f" needs version {HOOK_VERSION}. Build it again with make encoder."
+        )
     _check_encoder(library)
     return library
 
 
 def load_encoder(
-    path: str | os.PathLike | None = None,  # shared library with the hook; None looks for one, see `find_encoder`
+    # shared library with the hook; None looks for one, see `find_encoder`
+    path: str | os.PathLike | None = None,
 ) -> Libaom:  # checked as every libaom is, with the functions of the hook
-    "The libaom with the partition hook. Raises `LibaomError` if there is none, or if it is a stock one, or its hook another version."
+    """The libaom with the partition hook.
+
+    Raises `LibaomError` if there is none, or if it is a stock one, or its hook another version.
+    """
     return _hooked(*find_encoder(path))
 
 # %% ../nbs/17_encoder.ipynb #d6477bb9
 OVERRIDE = 0x8000  # bit of a mask: lift the encoder's own pruning
 TYPES = len(PartitionType)
-_LEVEL = {size: level for level, size in enumerate(sorted(SIZES))}  # 8×8 is level 0, 128×128 level 4
+# 8×8 is level 0, 128×128 level 4
+_LEVEL = {size: level for level, size in enumerate(sorted(SIZES))}
 _LEGAL = {size: sum(1 << t for t in legal_types(size)) for size in SIZES}
 
 
-def _bits_of(types): return sum({1 << PartitionType(t) for t in types})
+def _bits_of(types):
+    return sum({1 << PartitionType(t) for t in types})
 
 
 def possible_types(
     size: int,  # side of the nodes in pixels
     width: int,  # frame width in pixels
     height: int,  # frame height in pixels
-) -> np.ndarray:  # bool [rows, columns, 10]: the nodes of that size that cover the frame, padded to whole 64×64 (or 128×128) blocks
-    """Types that a node may have where it lies: all legal ones inside the frame, HORZ or SPLIT at its lower edge, VERT or SPLIT at its right edge.
+    # bool [rows, columns, 10]: the nodes of that size that cover the frame, padded to whole 64×64
+    # (or
+    # 128×128) blocks
+) -> np.ndarray:
+    """Types that a node may have where it lies: all legal ones inside the frame, HORZ or SPLIT at
+    its lower edge, VERT or SPLIT at its right edge.
 
-    Nodes beyond the frame have none. Source: `decode_partition`, de Rivaz and Haughton (2019), *AV1 Bitstream & Decoding Process Specification*.
+    Nodes beyond the frame have none. Source: `decode_partition`, de Rivaz and Haughton (2019), *AV1
+    Bitstream & Decoding Process Specification*.
     """
     (mi_rows, mi_cols), block = mi_shape(width, height), max(size, 64)
     rows, cols = (np.arange(-(-n * MI // block) * block // size) * size for n in (mi_rows, mi_cols))
-    below, beside = ((start + size // 2 < n * MI) for start, n in ((rows, mi_rows), (cols, mi_cols)))
+    below, beside = (
+        (start + size // 2 < n * MI) for start, n in ((rows, mi_rows), (cols, mi_cols))
+    )
     possible = np.zeros((len(rows), len(cols), TYPES), bool)
     possible[..., list(legal_types(size))] = (below[:, None] & beside)[..., None]
     possible[..., PartitionType.HORZ] |= ~below[:, None] & beside
@@ -118,20 +178,39 @@ class MaskTable:
 
     Raises `ValueError` for an array of another type or shape, and for bits that mean nothing.
     """
-    bits: np.ndarray = field(repr=False)  # uint16 [frames, 5, rows, columns]: level 0 is 8×8 … 4 is 128×128; a cell is the block's top left corner in units of 8 pixels
+
+    # uint16 [frames, 5, rows, columns]: level 0 is 8×8 … 4 is 128×128; a cell is the block's top
+    # left corner in units of 8 pixels
+    bits: np.ndarray = field(repr=False)
 
     def __post_init__(self):
-        if not isinstance(self.bits, np.ndarray) or self.bits.dtype != np.uint16 or self.bits.ndim != 4 or self.bits.shape[1] != 5 or not self.bits.size:
-            raise ValueError(f"A mask table is uint16 [frames, 5, rows, columns], not {getattr(self.bits, 'dtype', type(self.bits).__name__)} {np.shape(self.bits)}.")
+        if (
+            not isinstance(self.bits, np.ndarray)
+            or self.bits.dtype != np.uint16
+            or self.bits.ndim != 4
+            or self.bits.shape[1] != 5
+            or not self.bits.size
+        ):
+            raise ValueError(
+                "A mask table is uint16 [frames, 5, rows, columns], not"
+                f" {getattr(self.bits, 'dtype', type(self.bits).__name__)} {np.shape(self.bits)}."
+            )
         for size, level in _LEVEL.items():
-            wrong = (self.bits[:, level] & (0xFFFF ^ OVERRIDE ^ _LEGAL[size]) != 0) | (self.bits[:, level] == OVERRIDE)
-            if not wrong.any(): continue
+            wrong = (self.bits[:, level] & (0xFFFF ^ OVERRIDE ^ _LEGAL[size]) != 0) | (
+                self.bits[:, level] == OVERRIDE
+            )
+            if not wrong.any():
+                continue
             frame, row, col = np.argwhere(wrong)[0]
-            raise ValueError(f"The mask of the {size}×{size} block at row {8 * row}, column {8 * col} of frame {frame} is {self.bits[frame, level, row, col]:#06x}, "
-                             "which does not name partition types of that size. The table is damaged.")
+            raise ValueError(
+                f"The mask of the {size}×{size} block at row {8 * row}, column {8 * col} of frame"
+                f" {frame} is {self.bits[frame, level, row, col]:#06x}, which does not name"
+                " partition types of that size. The table is damaged."
+            )
 
     @classmethod
-    def empty(cls,
+    def empty(
+        cls,
         frames: int,  # number of frames
         width: int,  # frame width in pixels
         height: int,  # frame height in pixels
@@ -140,51 +219,82 @@ class MaskTable:
         rows, cols = (n // 2 for n in mi_shape(width, height))
         return cls(np.zeros((frames, 5, rows, cols), np.uint16))
 
-    def at(self,
+    def at(
+        self,
         size: int,  # side of the blocks in pixels: 8, 16, 32, 64 or 128
     ) -> np.ndarray:  # uint16 [frames, rows, columns], a view: one word for each block of that size
         "The words of one level."
-        return self.bits[:, _LEVEL[size], ::size // 8, ::size // 8]
+        return self.bits[:, _LEVEL[size], :: size // 8, :: size // 8]
 
     @classmethod
-    def uniform(cls,
+    def uniform(
+        cls,
         frames: int,  # number of frames
         width: int,  # frame width in pixels
         height: int,  # frame height in pixels
-        types: Iterable[int],  # what is allowed everywhere; types that a size does not have are left out there
+        # what is allowed everywhere; types that a size does not have are left out there
+        types: Iterable[int],
         sizes: Sequence[int] = (64, 32, 16, 8),  # block sizes that get this mask
         override: bool = False,  # lift the encoder's own pruning
     ) -> "MaskTable":
         "The same mask for every block: what can be had without a model."
         table = cls.empty(frames, width, height)
-        for size in sizes: table.at(size)[:] = _bits_of(types) & _LEGAL[size] | override * OVERRIDE
+        for size in sizes:
+            table.at(size)[:] = _bits_of(types) & _LEGAL[size] | override * OVERRIDE
         return table
 
     @classmethod
-    def from_nodes(cls,
-        nodes: pd.DataFrame,  # node table (size, row, col, type; pixels), with a column frame where there are several
+    def from_nodes(
+        cls,
+        # node table (size, row, col, type; pixels), with a column frame where there are several
+        nodes: pd.DataFrame,
         width: int,  # frame width in pixels
         height: int,  # frame height in pixels
         sizes: Sequence[int] = SIZES,  # node sizes that get a mask
         keep: Iterable[int] = (),  # types that are allowed beside the node's own
         frames: int | None = None,  # number of frames; None counts those of `nodes`
     ) -> "MaskTable":
-        "An oracle: each node may have only its own type. Raises `ValueError` for a node that does not fit into the frames."
+        """An oracle: each node may have only its own type.
+
+        Raises `ValueError` for a node that does not fit into the frames.
+        """
         frame = nodes["frame"].to_numpy() if "frame" in nodes else np.zeros(len(nodes), int)
-        table = cls.empty(int(frame.max(initial=0)) + 1 if frames is None else frames, width, height)
+        table = cls.empty(
+            int(frame.max(initial=0)) + 1 if frames is None else frames, width, height
+        )
         for size in sizes:
             of_size = (nodes["size"] == size).to_numpy()
-            f, row, col, ptype = (values[of_size] for values in (frame, *(nodes[c].to_numpy() for c in ("row", "col", "type"))))
+            f, row, col, ptype = (
+                values[of_size]
+                for values in (frame, *(nodes[c].to_numpy() for c in ("row", "col", "type")))
+            )
             words = table.at(size)
-            wrong = (row % size != 0) | (col % size != 0) | (ptype < 0) | (_LEGAL[size] >> np.clip(ptype, 0, 15) & 1 == 0)
-            for values, n in ((f, words.shape[0]), (row // size, words.shape[1]), (col // size, words.shape[2])): wrong |= (values < 0) | (values >= n)
+            wrong = (
+                (row % size != 0)
+                | (col % size != 0)
+                | (ptype < 0)
+                | (_LEGAL[size] >> np.clip(ptype, 0, 15) & 1 == 0)
+            )
+            for values, n in (
+                (f, words.shape[0]),
+                (row // size, words.shape[1]),
+                (col // size, words.shape[2]),
+            ):
+                wrong |= (values < 0) | (values >= n)
             if wrong.any():
                 i = wrong.argmax()
-                raise ValueError(f"The {size}×{size} node of type {ptype[i]} at row {row[i]}, column {col[i]} of frame {f[i]} does not fit into {len(table.bits)} frames of {width}×{height} pixels.")
-            words[f, row // size, col // size] = 1 << ptype | _bits_of(keep) & _LEGAL[size] | OVERRIDE
+                raise ValueError(
+                    f"The {size}×{size} node of type {ptype[i]} at row {row[i]}, column {col[i]} of"
+                    f" frame {f[i]} does not fit into {len(table.bits)} frames of {width}×{height}"
+                    " pixels."
+                )
+            words[f, row // size, col // size] = (
+                1 << ptype | _bits_of(keep) & _LEGAL[size] | OVERRIDE
+            )
         return table
 
-    def require(self,
+    def require(
+        self,
         frames: int,  # number of frames to encode
         width: int,  # their width in pixels
         height: int,  # their height in pixels
@@ -192,37 +302,69 @@ class MaskTable:
         "Raise `ValueError` unless the table belongs to frames of this number and size."
         rows, cols = (n // 2 for n in mi_shape(width, height))
         if self.bits.shape != (frames, 5, rows, cols):
-            raise ValueError(f"The mask table is for {self.bits.shape[0]} frames of {self.bits.shape[3]}×{self.bits.shape[2]} blocks of 8×8; "
-                             f"{frames} frames of {width}×{height} pixels have {cols}×{rows}.")
+            raise ValueError(
+                f"The mask table is for {self.bits.shape[0]} frames of"
+                f" {self.bits.shape[3]}×{self.bits.shape[2]} blocks of 8×8; {frames} frames of"
+                f" {width}×{height} pixels have {cols}×{rows}."
+            )
 
-    def summary(self) -> pd.DataFrame:  # indexed by size: blocks, share with a mask, share that lifts the pruning, mean number of types where there is a mask
+    def summary(
+        self,
+        # indexed by size: blocks, share with a mask, share that lifts the pruning, mean number of
+        # types where there is a mask
+    ) -> pd.DataFrame:
         "How much the table says at each level."
         rows = {}
         for size in SIZES:
             words = self.at(size)
             has = words != 0
-            rows[size] = dict(blocks=words.size, masked=has.mean(), overriding=(words & OVERRIDE != 0).mean(), types=np.bitwise_count(words[has] & 0x3FF).mean() if has.any() else np.nan)
+            rows[size] = dict(
+                blocks=words.size,
+                masked=has.mean(),
+                overriding=(words & OVERRIDE != 0).mean(),
+                types=np.bitwise_count(words[has] & 0x3FF).mean() if has.any() else np.nan,
+            )
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("size")
 
-    def save(self,
+    def save(
+        self,
         path: str | os.PathLike,  # file to write
     ) -> Path:  # the path
         "Magic `PMSK`, three little-endian 32-bit numbers (frames, rows, columns), then the words."
         frames, _, rows, cols = self.bits.shape
-        return write_bytes(path, _MAGIC + struct.pack("<3I", frames, rows, cols) + self.bits.astype("<u2").tobytes())
+        return write_bytes(
+            path,
+            _MAGIC + struct.pack("<3I", frames, rows, cols) + self.bits.astype("<u2").tobytes(),
+        )
 
     @classmethod
-    def load(cls,
+    def load(
+        cls,
         path: str | os.PathLike,  # file that `save` wrote
     ) -> "MaskTable":
-        "Raises `FileNotFoundError`, and `ValueError` for a file that is no mask table, cut off or damaged."
+        """Raises `FileNotFoundError`, and `ValueError` for a file that is no mask table, cut off or
+        damaged.
+        """
         data = Path(path).read_bytes()
-        if data[:4] != _MAGIC or len(data) < 16: raise ValueError(f"{path} is not a mask table: it does not begin with {_MAGIC.decode()} and three dimensions.")
+        if data[:4] != _MAGIC or len(data) < 16:
+            raise ValueError(
+                f"{path} is not a mask table: it does not begin with {_MAGIC.decode()} and three"
+                " dimensions."
+            )
         frames, rows, cols = struct.unpack("<3I", data[4:16])
         if len(data) != (wanted := 16 + 10 * frames * rows * cols):
-            raise ValueError(f"{path} is cut off or damaged: a mask table of {frames} frames of {cols}×{rows} blocks has {wanted} bytes, the file {len(data)}.")
-        try: return cls(np.frombuffer(data, "<u2", offset=16).reshape(frames, 5, rows, cols).astype(np.uint16))
-        except ValueError as error: raise ValueError(f"{path}: {error}") from error
+            raise ValueError(
+                f"{path} is cut off or damaged: a mask table of {frames} frames of {cols}×{rows}"
+                f" blocks has {wanted} bytes, the file {len(data)}."
+            )
+        try:
+            return cls(
+                np.frombuffer(data, "<u2", offset=16)
+                .reshape(frames, 5, rows, cols)
+                .astype(np.uint16)
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 # %% ../nbs/17_encoder.ipynb #15c0a930
 _Setting = float | Mapping[int, float]  # one number, or a number for each of some qindexes
@@ -230,29 +372,53 @@ _Setting = float | Mapping[int, float]  # one number, or a number for each of so
 
 @dataclass(frozen=True)
 class MaskPolicy:
-    "How a `MaskTable` is made of probabilities. A setting that is given for some qindexes is interpolated linearly between them."
-    tau: Mapping[int, _Setting]  # block size -> probability that the allowed types must reach together, 0–1; sizes that are not named get no mask
-    keep: Mapping[int, _Setting] = field(default_factory=dict)  # block size -> confidence (largest probability) below which NONE and SPLIT stay allowed; 0 if not named
-    doubt: Mapping[int, _Setting] = field(default_factory=dict)  # block size -> confidence below which there is no opinion; 0 if not named
-    lift: Mapping[int, _Setting] = field(default_factory=dict)  # block size -> largest set of types that lifts the encoder's own pruning; 3 if not named
+    """How a `MaskTable` is made of probabilities.
+
+    A setting that is given for some qindexes is interpolated linearly between them.
+    """
+
+    # block size -> probability that the allowed types must reach together, 0–1; sizes that are not
+    # named get no mask
+    tau: Mapping[int, _Setting]
+    # block size -> confidence (largest probability) below which NONE and SPLIT stay allowed; 0 if
+    # not named
+    keep: Mapping[int, _Setting] = field(default_factory=dict)
+    # block size -> confidence below which there is no opinion; 0 if not named
+    doubt: Mapping[int, _Setting] = field(default_factory=dict)
+    # block size -> largest set of types that lifts the encoder's own pruning; 3 if not named
+    lift: Mapping[int, _Setting] = field(default_factory=dict)
 
     def __post_init__(self):
         for name, top in (("tau", 1), ("keep", 1), ("doubt", 1), ("lift", TYPES)):
             for size, setting in getattr(self, name).items():
-                if size not in SIZES: raise ValueError(f"{name} names the block size {size}; there are {', '.join(map(str, SIZES))}.")
+                if size not in SIZES:
+                    raise ValueError(
+                        f"{name} names the block size {size}; there are"
+                        f" {', '.join(map(str, SIZES))}."
+                    )
                 for value in setting.values() if isinstance(setting, Mapping) else (setting,):
-                    if not 0 <= value <= top: raise ValueError(f"{name} of {size}×{size} blocks is {value}; it must be from 0 to {top}.")
-        if not self.tau: raise ValueError("tau names no block size, so the policy would mask nothing.")
+                    if not 0 <= value <= top:
+                        raise ValueError(
+                            f"{name} of {size}×{size} blocks is {value}; it must be from 0 to"
+                            f" {top}."
+                        )
+        if not self.tau:
+            raise ValueError("tau names no block size, so the policy would mask nothing.")
 
-    def at(self,
+    def at(
+        self,
         name: str,  # "tau", "keep", "doubt" or "lift"
         size: int,  # block size in pixels
         qindex: float | None = None,  # quantiser index, needed where the setting depends on it
     ) -> float:
         "One setting. Raises `ValueError` if it depends on a qindex and none is given."
         setting = getattr(self, name).get(size, 3 if name == "lift" else 0)
-        if not isinstance(setting, Mapping): return float(setting)
-        if qindex is None: raise ValueError(f"{name} of {size}×{size} blocks depends on the qindex, which was not given.")
+        if not isinstance(setting, Mapping):
+            return float(setting)
+        if qindex is None:
+            raise ValueError(
+                f"{name} of {size}×{size} blocks depends on the qindex, which was not given."
+            )
         known = sorted(setting)
         return float(np.interp(qindex, known, [setting[q] for q in known]))
 
@@ -261,119 +427,209 @@ class MaskPolicy:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls,
+    def from_dict(
+        cls,
         settings: Mapping,  # what `to_dict` gave, also after JSON made its keys text
     ) -> "MaskPolicy":
         "Inverse of `to_dict`."
-        def numbers(value): return {int(k): numbers(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+        def numbers(value):
+            return (
+                {int(k): numbers(v) for k, v in value.items()}
+                if isinstance(value, Mapping)
+                else value
+            )
+
         return cls(**{name: numbers(value) for name, value in settings.items()})
 
 
 def _words(probability, possible, tau, keep, doubt, lift, where):
     "Masks of one level of one frame."
-    if probability.shape != possible.shape: raise ValueError(f"{where}: the probabilities have the shape {probability.shape}, expected is {possible.shape}.")
-    if not np.isfinite(probability).all() or probability.min() < 0: raise ValueError(f"{where}: there are probabilities that are negative or not finite.")
+    if probability.shape != possible.shape:
+        raise ValueError(
+            f"{where}: the probabilities have the shape {probability.shape}, expected is"
+            f" {possible.shape}."
+        )
+    if not np.isfinite(probability).all() or probability.min() < 0:
+        raise ValueError(f"{where}: there are probabilities that are negative or not finite.")
     p = np.where(possible, probability, 0).astype(np.float32)
     total = p.sum(-1, keepdims=True)
     p = np.divide(p, total, out=np.zeros_like(p), where=total > 0)
     order = np.argsort(-p, axis=-1, kind="stable")
     before = np.take_along_axis(p, order, -1).cumsum(-1)
-    before = np.concatenate([np.zeros_like(before[..., :1]), before[..., :-1]], -1)  # probability of the types that are likelier
+    # probability of the types that are likelier
+    before = np.concatenate([np.zeros_like(before[..., :1]), before[..., :-1]], -1)
     chosen = np.zeros(p.shape, bool)
     np.put_along_axis(chosen, order, before < tau - 1e-6, -1)
     confidence = p.max(-1)
     lifts = chosen.sum(-1) <= lift
     wide = (confidence < keep) | ~lifts
-    for t in (PartitionType.NONE, PartitionType.SPLIT): chosen[..., t] |= wide
+    for t in (PartitionType.NONE, PartitionType.SPLIT):
+        chosen[..., t] |= wide
     chosen &= possible
-    words = (chosen.astype(np.uint16) << np.arange(TYPES, dtype=np.uint16)).sum(-1, dtype=np.uint16) | np.where(lifts, np.uint16(OVERRIDE), np.uint16(0))
-    silent = (total[..., 0] <= 0) | (confidence < doubt) | (chosen == possible).all(-1) | ~chosen.any(-1)
+    words = (chosen.astype(np.uint16) << np.arange(TYPES, dtype=np.uint16)).sum(
+        -1, dtype=np.uint16
+    ) | np.where(lifts, np.uint16(OVERRIDE), np.uint16(0))
+    silent = (
+        (total[..., 0] <= 0) | (confidence < doubt) | (chosen == possible).all(-1) | ~chosen.any(-1)
+    )
     return np.where(silent, np.uint16(0), words)
 
 
 def masks_from_probabilities(
-    probabilities: Sequence[Mapping[int, np.ndarray]],  # for each frame: block size -> [rows, columns, 10], see `possible_types` for the grid; types in `PartitionType` order
+    # for each frame: block size -> [rows, columns, 10], see `possible_types` for the grid; types in
+    # `PartitionType` order
+    probabilities: Sequence[Mapping[int, np.ndarray]],
     policy: MaskPolicy,  # thresholds
     width: int,  # frame width in pixels
     height: int,  # frame height in pixels
     qindex: float | None = None,  # quantiser index, for a policy that depends on it
 ) -> MaskTable:
-    """Masks of all frames. What is impossible where a block lies is left out, and the rest scaled to a sum of one.
+    """Masks of all frames.
 
-    A set of all possible types is no opinion. Raises `ValueError` for a level that the policy names and the probabilities lack, and for values that are no probabilities.
+    What is impossible where a block lies is left out, and the rest scaled to a sum of one.
+
+    A set of all possible types is no opinion. Raises `ValueError` for a level that the policy names
+    and the probabilities lack, and for values that are no probabilities.
     """
     table = MaskTable.empty(len(probabilities), width, height)
     for size in policy.tau:
-        possible, settings = possible_types(size, width, height), [policy.at(name, size, qindex) for name in ("tau", "keep", "doubt", "lift")]
+        possible, settings = possible_types(size, width, height), [
+            policy.at(name, size, qindex) for name in ("tau", "keep", "doubt", "lift")
+        ]
         words = table.at(size)
         for number, levels in enumerate(probabilities):
-            if size not in levels: raise ValueError(f"Frame {number} has no probabilities for {size}×{size} blocks, which the policy masks.")
-            found = _words(np.asarray(levels[size]), possible, *settings, f"Frame {number}, {size}×{size} blocks")
-            words[number] = found[:words.shape[1], :words.shape[2]]
+            if size not in levels:
+                raise ValueError(
+                    f"Frame {number} has no probabilities for {size}×{size} blocks, which the"
+                    " policy masks."
+                )
+            found = _words(
+                np.asarray(levels[size]),
+                possible,
+                *settings,
+                f"Frame {number}, {size}×{size} blocks",
+            )
+            words[number] = found[: words.shape[1], : words.shape[2]]
     return table
 
 # %% ../nbs/17_encoder.ipynb #d8692d67
 @dataclass(eq=False)
 class SearchLog:
     "Every block that a search visited."
-    nodes: pd.DataFrame  # node table, sorted by frame, size (largest first), row, col (pixels); type is the one that won, −1 where none was found within the cost limit
-    costs: np.ndarray = field(repr=False)  # float32 [nodes, 10]: RD cost of each type; NaN where it was not tried, infinite where it was given up as dearer than the best so far
-    seconds: np.ndarray = field(repr=False)  # float32 [nodes, 10]: time that each type took, its children included; NaN where it was not tried
-    settings: dict = field(default_factory=dict)  # mode, cpu_used, cq_level, exhaustive, width, height: labels depend on all of them
+
+    # node table, sorted by frame, size (largest first), row, col (pixels); type is the one that
+    # won, −1 where none was found within the cost limit
+    nodes: pd.DataFrame
+    # float32 [nodes, 10]: RD cost of each type; NaN where it was not tried, infinite where it was
+    # given up as dearer than the best so far
+    costs: np.ndarray = field(repr=False)
+    # float32 [nodes, 10]: time that each type took, its children included; NaN where it was not
+    # tried
+    seconds: np.ndarray = field(repr=False)
+    # mode, cpu_used, cq_level, exhaustive, width, height: labels depend on all of them
+    settings: dict = field(default_factory=dict)
 
     @classmethod
     def _of_tables(cls, best, cost, seconds, settings):
         parts, rows = [], []
         for size in SIZES:
-            words = best[:, _LEVEL[size], ::size // 8, ::size // 8]
+            words = best[:, _LEVEL[size], :: size // 8, :: size // 8]
             frame, row, col = np.nonzero(words)
-            parts.append(pd.DataFrame(dict(frame=frame, size=size, row=row * size, col=col * size, type=words[frame, row, col].astype(np.int64))))
-            rows.append(np.ravel_multi_index((frame, np.full_like(frame, _LEVEL[size]), row * size // 8, col * size // 8), best.shape))
+            parts.append(
+                pd.DataFrame(
+                    dict(
+                        frame=frame,
+                        size=size,
+                        row=row * size,
+                        col=col * size,
+                        type=words[frame, row, col].astype(np.int64),
+                    )
+                )
+            )
+            rows.append(
+                np.ravel_multi_index(
+                    (frame, np.full_like(frame, _LEVEL[size]), row * size // 8, col * size // 8),
+                    best.shape,
+                )
+            )
         nodes, rows = pd.concat(parts, ignore_index=True), np.concatenate(rows)
         order = np.argsort(nodes["frame"].to_numpy(), kind="stable")
         nodes, rows = nodes.iloc[order].reset_index(drop=True), rows[order]
         nodes["type"] = np.where(nodes["type"] == 255, -1, nodes["type"] - 1)
-        return cls(nodes, *(values.reshape(-1, TYPES)[rows] for values in (cost, seconds)), settings)
+        return cls(
+            nodes, *(values.reshape(-1, TYPES)[rows] for values in (cost, seconds)), settings
+        )
 
-    def at(self,
+    def at(
+        self,
         size: int,  # side of the nodes in pixels
         inside: bool = True,  # only nodes that lie wholly inside the frame
     ) -> "SearchLog":
         "The nodes of one size that have a type, as a log of their own."
         chosen = ((self.nodes["size"] == size) & (self.nodes["type"] >= 0)).to_numpy()
-        if inside: chosen = chosen & is_inside(self.nodes, self.settings["width"], self.settings["height"])
-        return SearchLog(self.nodes[chosen].reset_index(drop=True), self.costs[chosen], self.seconds[chosen], self.settings)
+        if inside:
+            chosen = chosen & is_inside(self.nodes, self.settings["width"], self.settings["height"])
+        return SearchLog(
+            self.nodes[chosen].reset_index(drop=True),
+            self.costs[chosen],
+            self.seconds[chosen],
+            self.settings,
+        )
 
-    def save(self,
+    def save(
+        self,
         path: str | os.PathLike,  # file to write, compressed NumPy arrays
     ) -> Path:  # the path
         "Write the log whole or not at all."
         with atomic_file(path) as part, open(part, "wb") as file:
-            np.savez_compressed(file, costs=self.costs, seconds=self.seconds, settings=np.array(repr(self.settings)), **{c: self.nodes[c].to_numpy() for c in self.nodes})
+            np.savez_compressed(
+                file,
+                costs=self.costs,
+                seconds=self.seconds,
+                settings=np.array(repr(self.settings)),
+                **{c: self.nodes[c].to_numpy() for c in self.nodes},
+            )
         return Path(path)
 
     @classmethod
-    def load(cls,
+    def load(
+        cls,
         path: str | os.PathLike,  # file that `save` wrote
     ) -> "SearchLog":
         "Raises `FileNotFoundError`, and `ValueError` for a file that is no log or damaged."
         try:
-            with np.load(path) as data: arrays = dict(data)
+            with np.load(path) as data:
+                arrays = dict(data)
             settings = ast.literal_eval(str(arrays.pop("settings")))
             costs, seconds = arrays.pop("costs"), arrays.pop("seconds")
-            return cls(pd.DataFrame(arrays)[["frame", "size", "row", "col", "type"]], costs, seconds, settings)
-        except FileNotFoundError: raise
-        except Exception as error: raise ValueError(f"{path} is not a search log, or is damaged ({type(error).__name__}: {error}).") from error
+            return cls(
+                pd.DataFrame(arrays)[["frame", "size", "row", "col", "type"]],
+                costs,
+                seconds,
+                settings,
+            )
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{path} is not a search log, or is damaged ({type(error).__name__}: {error})."
+            ) from error
 
 # %% ../nbs/17_encoder.ipynb #f7be9acf
 def regret(
     costs: np.ndarray,  # RD costs [nodes, 10]; NaN where not tried, infinite where given up
     chosen: np.ndarray,  # partition type of each node, 0–9 [nodes]
-) -> np.ndarray:  # float64 [nodes], ≥ 0; infinite for a type that was given up, NaN for one that was not tried or where no cost is known
+    # float64 [nodes], ≥ 0; infinite for a type that was given up, NaN for one that was not tried or
+    # where no cost is known
+) -> np.ndarray:
     "Cost of the chosen type relative to the best, in units of the best."
     costs, chosen = np.asarray(costs, np.float64), np.asarray(chosen)
     if costs.ndim != 2 or costs.shape[1] != TYPES or chosen.shape != costs.shape[:1]:
-        raise ValueError(f"The costs have the shape {costs.shape} and the chosen types {chosen.shape}; expected are [nodes, {TYPES}] and [nodes].")
+        raise ValueError(
+            f"The costs have the shape {costs.shape} and the chosen types {chosen.shape}; expected"
+            f" are [nodes, {TYPES}] and [nodes]."
+        )
     best = np.fmin.reduce(costs, axis=1)
     taken = np.take_along_axis(costs, chosen[:, None].astype(np.int64), 1)[:, 0]
     known = np.isfinite(best) & (best > 0)
@@ -384,12 +640,18 @@ def near_ties(
     costs: np.ndarray,  # RD costs [nodes, 10], best from an exhaustive search
     within: Sequence[float] = (0.005, 0.01, 0.02),  # what counts as near, in units of the best cost
 ) -> pd.Series:  # indexed by `within`: share of the nodes, 0–1
-    "Share of nodes whose second-best type is nearly as good as the best, among the nodes where two or more types were tried."
+    """Share of nodes whose second-best type is nearly as good as the best, among the nodes where
+    two or more types were tried.
+    """
     costs = np.asarray(costs, np.float64)
     ranked = np.sort(costs[(~np.isnan(costs)).sum(1) >= 2], axis=1)[:, :2]  # NaN comes last
     ranked = ranked[np.isfinite(ranked[:, 0]) & (ranked[:, 0] > 0)]
     gap = (ranked[:, 1] - ranked[:, 0]) / ranked[:, 0]
-    return pd.Series([(gap <= w).mean() if len(gap) else np.nan for w in within], index=pd.Index(within, name="within"), name="share")
+    return pd.Series(
+        [(gap <= w).mean() if len(gap) else np.nan for w in within],
+        index=pd.Index(within, name="within"),
+        name="share",
+    )
 
 # %% ../nbs/17_encoder.ipynb #6b8eafbf
 _lock = threading.Lock()  # the tables belong to the library, so to the process
@@ -398,6 +660,7 @@ _lock = threading.Lock()  # the tables belong to the library, so to the process
 @dataclass(eq=False)
 class MaskedResult:
     "A stream made with masks, decoded and measured."
+
     ivf: bytes = field(repr=False)  # whole file
     bytes: int  # size of the packets
     qindexes: list  # base quantiser index of each picture
@@ -407,7 +670,9 @@ class MaskedResult:
     wall: float  # wall-clock seconds of the encoder
     prediction: float  # seconds that the masks took, as given
     nodes: pd.DataFrame = field(repr=False)  # coded tree of all pictures, see `Frame.nodes`
-    counts: dict  # of blocks: visited, limited by a mask, ignored (a mask that left nothing); of superblocks: retried without masks
+    # of blocks: visited, limited by a mask, ignored (a mask that left nothing); of superblocks:
+    # retried without masks
+    counts: dict
     log: SearchLog | None = field(repr=False)  # what the search found, if asked for
 
     @property
@@ -419,14 +684,32 @@ class MaskedResult:
 def _measured(pictures, frames, bit_depth):
     "PSNR and mean SSIM of decoded luma."
     top = (1 << bit_depth) - 1
-    errors = [((picture.astype(np.float64) - frame.luma) ** 2).mean() for picture, frame in zip(pictures, frames)]
+    errors = [
+        ((picture.astype(np.float64) - frame.luma) ** 2).mean()
+        for picture, frame in zip(pictures, frames)
+    ]
     small = min(pictures[0].shape) < 11
-    similar = [np.nan if small else structural_similarity(p, f.luma, data_range=top, gaussian_weights=True, sigma=1.5, use_sample_covariance=False) for p, f in zip(pictures, frames)]
+    similar = [
+        (
+            np.nan
+            if small
+            else structural_similarity(
+                p,
+                f.luma,
+                data_range=top,
+                gaussian_weights=True,
+                sigma=1.5,
+                use_sample_covariance=False,
+            )
+        )
+        for p, f in zip(pictures, frames)
+    ]
     mean = float(np.mean(errors))
     return float(10 * np.log10(top**2 / mean)) if mean else float("inf"), float(np.mean(similar))
 
 
-def _pointer(array): return None if array is None else array.ctypes.data
+def _pointer(array):
+    return None if array is None else array.ctypes.data
 
 
 def encode_masked(
@@ -437,10 +720,12 @@ def encode_masked(
     cq_level: int = 30,  # constant quality level, 0 (best) to 63
     cpu_used: int = 1,  # speed preset, 0 (slowest) to 6; faster ones do not search
     bit_depth: int = 10,  # 8 or 10
-    options: Mapping | None = None,  # further options of libaom, see `encode`; superblocks have 64×64 pixels unless sb-size is named
+    # further options of libaom, see `encode`; superblocks have 64×64 pixels unless sb-size is named
+    options: Mapping | None = None,
     threads: int = 1,  # encoder threads
     log: bool = False,  # keep what the search found
-    exhaustive: bool = False,  # let no type be given up as too dear, so that every cost in the log is known; slow
+    # let no type be given up as too dear, so that every cost in the log is known; slow
+    exhaustive: bool = False,
     prediction: float = 0.0,  # seconds that it took to make the masks
     path: str | os.PathLike | None = None,  # IVF file to write once the stream is checked
     encoder: Libaom | None = None,  # library with the hook; None loads it with `load_encoder`
@@ -448,61 +733,136 @@ def encode_masked(
 ) -> MaskedResult:
     """Encode key frames, trying only what the masks allow; decode and measure the result.
 
-    Raises `ValueError` for pictures, options or masks that do not fit, `LibaomError` for a library without the hook, and `StreamError` if what was encoded does not decode to the same pictures.
+    Raises `ValueError` for pictures, options or masks that do not fit, `LibaomError` for a library
+    without the hook, and `StreamError` if what was encoded does not decode to the same pictures.
     """
-    if not isinstance(cpu_used, (int, np.integer)) or not 0 <= cpu_used <= 6: raise ValueError(f"cpu_used is {cpu_used!r}; it must be a whole number from 0 to 6: faster presets do not search for partitions.")
+    if not isinstance(cpu_used, (int, np.integer)) or not 0 <= cpu_used <= 6:
+        raise ValueError(
+            f"cpu_used is {cpu_used!r}; it must be a whole number from 0 to 6: faster presets do"
+            " not search for partitions."
+        )
     options = {"sb-size": 64} | {str(k).lstrip("-"): v for k, v in (options or {}).items()}
-    if refused := sorted(k for k in options if k == "kf-max-dist" or k.startswith(("resize", "superres"))):
-        raise ValueError(f"The option {refused[0]!r} cannot be combined with masks: every picture is a key frame of the size that the table was made for.")
+    if refused := sorted(
+        k for k in options if k == "kf-max-dist" or k.startswith(("resize", "superres"))
+    ):
+        raise ValueError(
+            f"The option {refused[0]!r} cannot be combined with masks: every picture is a key frame"
+            " of the size that the table was made for."
+        )
     encoder, decoder = encoder or load_encoder(), decoder or load_libaom()
-    if not hasattr(encoder, "av1nb_hook_set"): raise LibaomError(f"{encoder.name} has no partition hook, or was not loaded with load_encoder.")
+    if not hasattr(encoder, "av1nb_hook_set"):
+        raise LibaomError(
+            f"{encoder.name} has no partition hook, or was not loaded with load_encoder."
+        )
     pictures = [planes] if isinstance(planes, np.ndarray) and planes.ndim == 2 else list(planes)
     luma = [p if isinstance(p, np.ndarray) else p[0] for p in pictures]
-    if not luma: raise ValueError("There is no picture to encode.")
+    if not luma:
+        raise ValueError("There is no picture to encode.")
     height, width = np.shape(luma[0])
     shape = (len(luma), 5, *(n // 2 for n in mi_shape(width, height)))
     words = None
     if masks is not None:
         masks.require(len(luma), width, height)
         words = np.ascontiguousarray(masks.bits)
-    best, cost, seconds = (np.zeros(shape, np.uint8), *(np.full((*shape, TYPES), np.nan, np.float32) for _ in range(2))) if log else (None, None, None)
+    best, cost, seconds = (
+        (
+            np.zeros(shape, np.uint8),
+            *(np.full((*shape, TYPES), np.nan, np.float32) for _ in range(2)),
+        )
+        if log
+        else (None, None, None)
+    )
     counts = np.zeros(5, np.int64)
     hooked = masks is not None or log or exhaustive
     with _lock:
         try:
-            if hooked and encoder.av1nb_hook_set(*map(_pointer, (words, best, cost, seconds)), shape[0], *shape[2:], int(exhaustive)): raise ValueError(f"libaom takes no tables of the shape {shape}.")
+            if hooked and encoder.av1nb_hook_set(
+                *map(_pointer, (words, best, cost, seconds)), shape[0], *shape[2:], int(exhaustive)
+            ):
+                raise ValueError(f"libaom takes no tables of the shape {shape}.")
             start = time.perf_counter()
-            result = encode(pictures, mode=mode, cq_level=cq_level, cpu_used=int(cpu_used), bit_depth=bit_depth, options=options, threads=threads, libaom=encoder)
+            result = encode(
+                pictures,
+                mode=mode,
+                cq_level=cq_level,
+                cpu_used=int(cpu_used),
+                bit_depth=bit_depth,
+                options=options,
+                threads=threads,
+                libaom=encoder,
+            )
             wall = time.perf_counter() - start
             encoder.av1nb_hook_counts(counts.ctypes.data)
-        finally: encoder.av1nb_hook_set(None, None, None, None, 0, 0, 0, 0)
+        finally:
+            encoder.av1nb_hook_set(None, None, None, None, 0, 0, 0, 0)
     counts = dict(zip(("visited", "limited", "ignored", "retried", "outside"), counts.tolist()))
-    if outside := counts.pop("outside"): raise ValueError(f"libaom encoded frames of another size or number than {len(luma)} of {width}×{height}: {outside} blocks had no place in the tables.")
-    if hooked and not counts["visited"]: raise ValueError(f"libaom {encoder.version} did not search for partitions with these options, so the masks had no effect.")
-    try: frames = list(Trees(result.packets, "the stream that was encoded with masks", decoder))
-    except StreamError as error: raise StreamError(f"What libaom encoded cannot be decoded. {error}") from error
-    if found := [(f.width, f.height) for f in frames if (f.width, f.height) != (width, height)] or len(frames) != len(luma):
-        raise StreamError(f"What libaom encoded decodes to other pictures than {len(luma)} of {width}×{height}: {found}.")
+    if outside := counts.pop("outside"):
+        raise ValueError(
+            f"libaom encoded frames of another size or number than {len(luma)} of {width}×{height}:"
+            f" {outside} blocks had no place in the tables."
+        )
+    if hooked and not counts["visited"]:
+        raise ValueError(
+            f"libaom {encoder.version} did not search for partitions with these options, so the"
+            " masks had no effect."
+        )
+    try:
+        frames = list(Trees(result.packets, "the stream that was encoded with masks", decoder))
+    except StreamError as error:
+        raise StreamError(f"What libaom encoded cannot be decoded. {error}") from error
+    if found := [
+        (f.width, f.height) for f in frames if (f.width, f.height) != (width, height)
+    ] or len(frames) != len(luma):
+        raise StreamError(
+            f"What libaom encoded decodes to other pictures than {len(luma)} of {width}×{height}:"
+            f" {found}."
+        )
     psnr, ssim = _measured(luma, frames, bit_depth)
-    settings = dict(mode=mode, cpu_used=int(cpu_used), cq_level=int(cq_level), qindexes=[int(q) for q in result.qindexes], exhaustive=bool(exhaustive), masked=masks is not None, width=width, height=height,
-                    options={k: str(v) for k, v in options.items()})
-    if path is not None: write_bytes(path, result.ivf)
-    return MaskedResult(result.ivf, sum(map(len, result.packets)), result.qindexes, psnr, ssim, result.seconds, wall, prediction, pd.concat([f.nodes() for f in frames], ignore_index=True),
-                        counts, SearchLog._of_tables(best, cost, seconds, settings) if log else None)
+    settings = dict(
+        mode=mode,
+        cpu_used=int(cpu_used),
+        cq_level=int(cq_level),
+        qindexes=[int(q) for q in result.qindexes],
+        exhaustive=bool(exhaustive),
+        masked=masks is not None,
+        width=width,
+        height=height,
+        options={k: str(v) for k, v in options.items()},
+    )
+    if path is not None:
+        write_bytes(path, result.ivf)
+    return MaskedResult(
+        result.ivf,
+        sum(map(len, result.packets)),
+        result.qindexes,
+        psnr,
+        ssim,
+        result.seconds,
+        wall,
+        prediction,
+        pd.concat([f.nodes() for f in frames], ignore_index=True),
+        counts,
+        SearchLog._of_tables(best, cost, seconds, settings) if log else None,
+    )
 
 # %% ../nbs/17_encoder.ipynb #6b9f4051
 def search_costs(
     planes: Iterable,  # pictures, see `encode`
     **settings,  # mode, cq_level, cpu_used, bit_depth, options, encoder: see `encode_masked`
 ) -> SearchLog:
-    "Try every possible type of every block to its end: RD costs without gaps, as targets for learning. The types that win are those of this search, not of the preset's own."
+    """Try every possible type of every block to its end: RD costs without gaps, as targets for
+    learning.
+
+    The types that win are those of this search, not of the preset's own.
+    """
     pictures = [planes] if isinstance(planes, np.ndarray) and planes.ndim == 2 else list(planes)
     height, width = np.shape(pictures[0] if isinstance(pictures[0], np.ndarray) else pictures[0][0])
     everything = MaskTable.uniform(len(pictures), width, height, PartitionType, override=True)
     return encode_masked(pictures, everything, log=True, exhaustive=True, **settings).log
 
 # %% ../nbs/17_encoder.ipynb #f99e2762
-# libaom's quantiser index for each constant quality level. Source: `quantizer_to_qindex` in av1/encoder/av1_quantize.c of libaom 3.6.0
+# libaom's quantiser index for each constant quality level. Source: `quantizer_to_qindex` in
+# av1/encoder/av1_quantize.c of libaom 3.6.0
 QINDEX_OF_CQ = (*range(0, 248, 4), 249, 255)
 
 
@@ -510,7 +870,11 @@ def qindex_of(
     cq_level: int,  # constant quality level, 0–63
 ) -> int:  # base qindex of a key frame, 0–255
     "Raises `ValueError` for another level."
-    if not isinstance(cq_level, (int, np.integer)) or not 0 <= cq_level < len(QINDEX_OF_CQ): raise ValueError(f"cq_level is {cq_level!r}; it must be a whole number from 0 to {len(QINDEX_OF_CQ) - 1}.")
+    if not isinstance(cq_level, (int, np.integer)) or not 0 <= cq_level < len(QINDEX_OF_CQ):
+        raise ValueError(
+            f"cq_level is {cq_level!r}; it must be a whole number from 0 to"
+            f" {len(QINDEX_OF_CQ) - 1}."
+        )
     return QINDEX_OF_CQ[cq_level]
 
 
@@ -521,19 +885,41 @@ def record_costs(
     exhaustive: bool = True,  # False: only what the preset's own search tries; quick, with gaps
     **settings,  # mode, cpu_used, bit_depth, options, encoder: see `encode_masked`
 ) -> list[Path]:  # one log a quantiser
-    "Search for all costs of a sequence at several quantisers, see `search_costs`; or keep what the preset's own search finds. Raises `ValueError` for a log that is there and was made with other settings."
+    """Search for all costs of a sequence at several quantisers, see `search_costs`; or keep what
+    the preset's own search finds.
+
+    Raises `ValueError` for a log that is there and was made with other settings.
+    """
     pictures, paths = list(planes), []
     for qindex in qindexes:
-        if qindex not in QINDEX_OF_CQ: raise ValueError(f"No constant quality level has the qindex {qindex}; there are {', '.join(map(str, QINDEX_OF_CQ))}.")
+        if qindex not in QINDEX_OF_CQ:
+            raise ValueError(
+                f"No constant quality level has the qindex {qindex}; there are"
+                f" {', '.join(map(str, QINDEX_OF_CQ))}."
+            )
         path = Path(folder) / f"q{qindex:03d}.npz"
         paths.append(path)
-        wanted = dict(cq_level=QINDEX_OF_CQ.index(qindex), mode=settings.get("mode", "allintra"), cpu_used=settings.get("cpu_used", 1), exhaustive=exhaustive)
+        wanted = dict(
+            cq_level=QINDEX_OF_CQ.index(qindex),
+            mode=settings.get("mode", "allintra"),
+            cpu_used=settings.get("cpu_used", 1),
+            exhaustive=exhaustive,
+        )
         if path.is_file():
             found = SearchLog.load(path).settings
             if differing := [name for name, value in wanted.items() if found.get(name) != value]:
-                raise ValueError(f"{path} was recorded with {', '.join(f'{n} {found.get(n)}' for n in differing)}, not {', '.join(f'{n} {wanted[n]}' for n in differing)}: delete it, or choose another folder.")
+                raise ValueError(
+                    f"{path} was recorded with"
+                    f" {', '.join(f'{n} {found.get(n)}' for n in differing)}, not"
+                    f" {', '.join(f'{n} {wanted[n]}' for n in differing)}: delete it, or choose"
+                    " another folder."
+                )
             continue
-        log = search_costs(pictures, cq_level=wanted["cq_level"], **settings) if exhaustive else encode_masked(pictures, log=True, cq_level=wanted["cq_level"], **settings).log
+        log = (
+            search_costs(pictures, cq_level=wanted["cq_level"], **settings)
+            if exhaustive
+            else encode_masked(pictures, log=True, cq_level=wanted["cq_level"], **settings).log
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         log.save(path)
     return paths
@@ -542,56 +928,111 @@ def record_costs(
 def read_costs(
     folder: str | os.PathLike,  # of all costs
     name: str,  # sequence
-) -> dict:  # qindex → (node table, costs [nodes, 10]), as `frames.FrameSet` takes them; empty where nothing was recorded
+    # qindex → (node table, costs [nodes, 10]), as `frames.FrameSet` takes them; empty where nothing
+    # was
+    # recorded
+) -> dict:
     "The costs of a sequence. Raises as `SearchLog.load` does."
-    logs = {int(path.stem[1:]): SearchLog.load(path) for path in sorted(Path(folder).glob(f"{name}/q*.npz"))}
+    logs = {
+        int(path.stem[1:]): SearchLog.load(path)
+        for path in sorted(Path(folder).glob(f"{name}/q*.npz"))
+    }
     return {qindex: (log.nodes, log.costs) for qindex, log in logs.items()}
 
 # %% ../nbs/17_encoder.ipynb #80eddc12
 def regret_report(
-    maps,  # maps(luma [H,W], qindex) → {size: [rows, columns, 10]}, such as `JointPredictor.maps`; only the sizes that it gives are reported
+    # maps(luma [H,W], qindex) → {size: [rows, columns, 10]}, such as `JointPredictor.maps`; only
+    # the sizes that it gives are reported
+    maps,
     pictures: Iterable,  # pictures with name, luma, frames, nodes
     folder: str | os.PathLike,  # of their costs
     within: Sequence[float] = (0.005, 0.01, 0.02),  # regrets that count as near-ties
-) -> pd.DataFrame:  # size, qindex ("all" or a number), nodes, untried (share of further nodes whose predicted type was given up, not counted), sequences, accuracy (of the search's winner), regret (mean), `within …` (shares of the nodes)
-    "Regret of a model over all nodes inside the frame whose costs are known. Raises `ValueError` if there is none."
+    # size, qindex ("all" or a number), nodes, untried (share of further nodes whose predicted type
+    # was
+    # given up, not counted), sequences, accuracy (of the search's winner), regret (mean), `within
+    # …`
+    # (shares of the nodes)
+) -> pd.DataFrame:
+    """Regret of a model over all nodes inside the frame whose costs are known.
+
+    Raises `ValueError` if there is none.
+    """
     found = {}
     for picture in pictures:
         for qindex, (nodes, costs) in read_costs(folder, picture.name).items():
-            for number, (frame, luma) in enumerate(zip(getattr(picture, "frames", None) or range(len(picture.luma)), picture.luma)):
+            for number, (frame, luma) in enumerate(
+                zip(getattr(picture, "frames", None) or range(len(picture.luma)), picture.luma)
+            ):
                 predicted = maps(luma, qindex)
                 for size, p in predicted.items():
-                    here = (nodes["frame"] == frame).to_numpy() & (nodes["size"] == size).to_numpy() & np.isfinite(costs).any(1) & is_inside(nodes, luma.shape[1], luma.shape[0])
+                    here = (
+                        (nodes["frame"] == frame).to_numpy()
+                        & (nodes["size"] == size).to_numpy()
+                        & np.isfinite(costs).any(1)
+                        & is_inside(nodes, luma.shape[1], luma.shape[0])
+                    )
                     chosen = p[nodes["row"][here] // size, nodes["col"][here] // size].argmax(1)
-                    found.setdefault(size, []).append((np.full(len(chosen), qindex), regret(costs[here], chosen), np.nanargmin(costs[here], 1) == chosen, picture.name))
-    if not found: raise ValueError(f"{folder} holds no costs of these pictures: record them first.")
+                    found.setdefault(size, []).append((
+                        np.full(len(chosen), qindex),
+                        regret(costs[here], chosen),
+                        np.nanargmin(costs[here], 1) == chosen,
+                        picture.name,
+                    ))
+    if not found:
+        raise ValueError(f"{folder} holds no costs of these pictures: record them first.")
     rows = []
     for size, parts in sorted(found.items(), reverse=True):
         qindexes, regrets, right = (np.concatenate(values) for values in list(zip(*parts))[:3])
         for q in ("all", *np.unique(qindexes).tolist()):
             chosen = qindexes >= 0 if q == "all" else qindexes == q
             here = chosen & np.isfinite(regrets)
-            if not here.any(): continue
-            rows.append(dict(size=size, qindex=q, nodes=int(here.sum()), untried=float(1 - here.sum() / chosen.sum()), sequences=len({p[3] for p in parts}), accuracy=float(right[here].mean()), regret=float(regrets[here].mean()))
-                        | {f"within {w:.1%}": float((regrets[here] <= w).mean()) for w in within})
+            if not here.any():
+                continue
+            rows.append(
+                dict(
+                    size=size,
+                    qindex=q,
+                    nodes=int(here.sum()),
+                    untried=float(1 - here.sum() / chosen.sum()),
+                    sequences=len({p[3] for p in parts}),
+                    accuracy=float(right[here].mean()),
+                    regret=float(regrets[here].mean()),
+                )
+                | {f"within {w:.1%}": float((regrets[here] <= w).mean()) for w in within}
+            )
     return pd.DataFrame(rows)
 
 # %% ../nbs/17_encoder.ipynb #69bc3add
-_COARSE = np.array([0, 1, 2, 3, 1, 1, 2, 2, 1, 2])  # NONE, any horizontal type, any vertical type, SPLIT
+# NONE, any horizontal type, any vertical type, SPLIT
+_COARSE = np.array([0, 1, 2, 3, 1, 1, 2, 2, 1, 2])
 
 
 def same_labels(
     one: SearchLog,  # what a search found
     other: SearchLog,  # what a search of the same pictures with other settings found
     sizes: Sequence[int] = (64, 32, 16, 8),  # node sizes
-) -> pd.DataFrame:  # indexed by size: nodes that both visited, share of the same type, same group (NONE, horizontal, vertical, SPLIT), same answer to split or not
+    # indexed by size: nodes that both visited, share of the same type, same group (NONE,
+    # horizontal,
+    # vertical, SPLIT), same answer to split or not
+) -> pd.DataFrame:
     "How often two searches agree on the nodes that both visited, wholly inside the frame."
     rows = {}
     for size in sizes:
-        both = one.at(size).nodes.merge(other.at(size).nodes, on=["frame", "size", "row", "col"], suffixes=("", "_other"))
+        both = one.at(size).nodes.merge(
+            other.at(size).nodes, on=["frame", "size", "row", "col"], suffixes=("", "_other")
+        )
         a, b = (both[c].to_numpy() for c in ("type", "type_other"))
-        agreement = ((a == b), _COARSE[a] == _COARSE[b], (a == PartitionType.SPLIT) == (b == PartitionType.SPLIT))
-        rows[size] = dict(zip(("nodes", "types", "groups", "split"), (len(both), *(float(same.mean()) if len(both) else np.nan for same in agreement))))
+        agreement = (
+            (a == b),
+            _COARSE[a] == _COARSE[b],
+            (a == PartitionType.SPLIT) == (b == PartitionType.SPLIT),
+        )
+        rows[size] = dict(
+            zip(
+                ("nodes", "types", "groups", "split"),
+                (len(both), *(float(same.mean()) if len(both) else np.nan for same in agreement)),
+            )
+        )
     return pd.DataFrame.from_dict(rows, orient="index").astype({"nodes": int}).rename_axis("size")
 
 
@@ -602,13 +1043,29 @@ def label_stability(
     cpu_used: int = 1,  # speed preset of the labels, 0–5
     **settings,  # mode, bit_depth, options, encoder: see `encode_masked`
 ) -> pd.DataFrame:  # indexed by (variant, size), see `same_labels`
-    "Encode again with the quality level one lower and one higher, and with the next speed preset: the ceiling of what a model can know."
-    if not 1 <= cq_level <= 62 or not 0 <= cpu_used <= 5: raise ValueError(f"cq_level is {cq_level} and cpu_used {cpu_used}; from 1 to 62 and from 0 to 5 there is a neighbour on each side.")
+    """Encode again with the quality level one lower and one higher, and with the next speed preset:
+    the ceiling of what a model can know.
+    """
+    if not 1 <= cq_level <= 62 or not 0 <= cpu_used <= 5:
+        raise ValueError(
+            f"cq_level is {cq_level} and cpu_used {cpu_used}; from 1 to 62 and from 0 to 5 there is"
+            " a neighbour on each side."
+        )
     pictures = [planes] if isinstance(planes, np.ndarray) and planes.ndim == 2 else list(planes)
-    def search(cq, speed): return encode_masked(pictures, log=True, cq_level=cq, cpu_used=speed, **settings).log
+
+    def search(cq, speed):
+        return encode_masked(pictures, log=True, cq_level=cq, cpu_used=speed, **settings).log
+
     own = search(cq_level, cpu_used)
-    variants = {f"cq {cq_level - 1}": (cq_level - 1, cpu_used), f"cq {cq_level + 1}": (cq_level + 1, cpu_used), f"speed {cpu_used + 1}": (cq_level, cpu_used + 1)}
-    return pd.concat({name: same_labels(own, search(*variant)) for name, variant in variants.items()}, names=["variant"])
+    variants = {
+        f"cq {cq_level - 1}": (cq_level - 1, cpu_used),
+        f"cq {cq_level + 1}": (cq_level + 1, cpu_used),
+        f"speed {cpu_used + 1}": (cq_level, cpu_used + 1),
+    }
+    return pd.concat(
+        {name: same_labels(own, search(*variant)) for name, variant in variants.items()},
+        names=["variant"],
+    )
 
 # %% ../nbs/17_encoder.ipynb #e57f8f73
 def bd_rate(
@@ -617,24 +1074,57 @@ def bd_rate(
     quality: str = "psnr",  # attribute that measures quality
     method: str = "pchip",  # interpolation: "pchip", "akima" or "cubic"
 ) -> float:  # percent; positive: the second needs more bits
-    "Bjøntegaard's difference of rates. Raises `ValueError` for fewer than four points, for values that are not finite, and for curves that do not overlap."
+    """Bjøntegaard's difference of rates.
+
+    Raises `ValueError` for fewer than four points, for values that are not finite, and for curves
+    that do not overlap.
+    """
+
     def points(results):
-        pairs = np.array([tuple(r) if isinstance(r, (tuple, list)) else (r.bytes, getattr(r, quality)) for r in results], float).reshape(-1, 2)
-        if len(pairs) < 4: raise ValueError(f"A BD-rate needs four points or more on each curve, not {len(pairs)}.")
-        if not np.isfinite(pairs).all() or (pairs[:, 0] <= 0).any(): raise ValueError(f"The points of a curve must be finite and have a positive rate: {pairs.tolist()}.")
+        pairs = np.array(
+            [
+                tuple(r) if isinstance(r, (tuple, list)) else (r.bytes, getattr(r, quality))
+                for r in results
+            ],
+            float,
+        ).reshape(-1, 2)
+        if len(pairs) < 4:
+            raise ValueError(
+                f"A BD-rate needs four points or more on each curve, not {len(pairs)}."
+            )
+        if not np.isfinite(pairs).all() or (pairs[:, 0] <= 0).any():
+            raise ValueError(
+                f"The points of a curve must be finite and have a positive rate: {pairs.tolist()}."
+            )
         return pairs[np.argsort(pairs[:, 1])].T
+
     (rate, distortion), (other_rate, other_distortion) = points(anchor), points(test)
     if max(distortion[0], other_distortion[0]) >= min(distortion[-1], other_distortion[-1]):
-        raise ValueError(f"The curves do not overlap: {quality} from {distortion[0]:.2f} to {distortion[-1]:.2f} and from {other_distortion[0]:.2f} to {other_distortion[-1]:.2f}.")
-    return float(bjontegaard.bd_rate(rate, distortion, other_rate, other_distortion, method=method, require_matching_points=False))
+        raise ValueError(
+            f"The curves do not overlap: {quality} from {distortion[0]:.2f} to {distortion[-1]:.2f}"
+            f" and from {other_distortion[0]:.2f} to {other_distortion[-1]:.2f}."
+        )
+    return float(
+        bjontegaard.bd_rate(
+            rate,
+            distortion,
+            other_rate,
+            other_distortion,
+            method=method,
+            require_matching_points=False,
+        )
+    )
 
 # %% ../nbs/17_encoder.ipynb #9af01b00
 def local_rate(
-    anchor: Sequence,  # pairs (bytes, quality in dB) of the stock encoder at several quantisers, two or more
+    # pairs (bytes, quality in dB) of the stock encoder at several quantisers, two or more
+    anchor: Sequence,
     point: tuple,  # (bytes, quality) of the encode that is judged
     at: int,  # position in `anchor` of the stock encode at the same quantiser
 ) -> float:  # percent; positive: more bits at the same quality
-    "What one encode costs against the stock curve near it: the difference in rate, plus the difference in quality at the curve's own exchange rate there."
+    """What one encode costs against the stock curve near it: the difference in rate, plus the
+    difference in quality at the curve's own exchange rate there.
+    """
     rate, quality = np.log([a[0] for a in anchor]), np.array([a[1] for a in anchor], float)
     order = np.argsort(quality)
     slope = np.gradient(rate[order], quality[order])[np.flatnonzero(order == at)[0]]
@@ -642,25 +1132,59 @@ def local_rate(
 
 
 def tune_policy(
-    trials: pd.DataFrame,  # one row an encode: policy (number), picture, qindex, time (relative to stock), loss (percent, `local_rate`)
+    # one row an encode: policy (number), picture, qindex, time (relative to stock), loss (percent,
+    # `local_rate`)
+    trials: pd.DataFrame,
     policies: Sequence[MaskPolicy],  # the policies that were tried, with plain numbers as settings
-    prices: Sequence[float] | None = None,  # of one percent of bits, in shares of the stock time; None: a wide range
-) -> pd.DataFrame:  # time, loss (expected means), policy: from careful to bold, each faster and dearer than the one before
-    "Combine tried policies into policies that depend on the qindex. Source of the principle: Everett (1963), *Generalized Lagrange Multiplier Method*. Raises `ValueError` if some policy was not tried everywhere."
+    # of one percent of bits, in shares of the stock time; None: a wide range
+    prices: Sequence[float] | None = None,
+    # time, loss (expected means), policy: from careful to bold, each faster and dearer than the one
+    # before
+) -> pd.DataFrame:
+    """Combine tried policies into policies that depend on the qindex.
+
+    Source of the principle: Everett (1963), *Generalized Lagrange Multiplier Method*. Raises
+    `ValueError` if some policy was not tried everywhere.
+    """
     table = trials.pivot_table(index=["qindex", "policy"], values=["time", "loss"], aggfunc="mean")
     counts = trials.groupby(["policy", "qindex"]).size().unstack()
-    if counts.isna().any().any() or counts.nunique(axis=0).max() > 1: raise ValueError("Every policy must have been tried on the same pictures at the same quantisers.")
-    if len({tuple(sorted(policies[n].tau)) for n in counts.index}) > 1: raise ValueError("Policies that mask different block sizes cannot be combined.")
+    if counts.isna().any().any() or counts.nunique(axis=0).max() > 1:
+        raise ValueError(
+            "Every policy must have been tried on the same pictures at the same quantisers."
+        )
+    if len({tuple(sorted(policies[n].tau)) for n in counts.index}) > 1:
+        raise ValueError("Policies that mask different block sizes cannot be combined.")
     rows = []
     for price in np.geomspace(1e-3, 30, 200) if prices is None else prices:
         best = (table["time"] + price * table["loss"]).groupby("qindex").idxmin()
         chosen = {qindex: number for qindex, number in best}
-        rows.append(dict(time=float(table.loc[list(best), "time"].mean()), loss=float(table.loc[list(best), "loss"].mean()), chosen=tuple(sorted(chosen.items()))))
+        rows.append(
+            dict(
+                time=float(table.loc[list(best), "time"].mean()),
+                loss=float(table.loc[list(best), "loss"].mean()),
+                chosen=tuple(sorted(chosen.items())),
+            )
+        )
     found = pd.DataFrame(rows).drop_duplicates("chosen").sort_values("time", ascending=False)
     found = found[found["loss"] == found["loss"][::-1].cummin()[::-1]].reset_index(drop=True)
-    def merged(chosen): return MaskPolicy(**{name: {size: {q: getattr(policies[n], name).get(size, 3 if name == "lift" else 0) for q, n in chosen} for size in sorted({s for _, n in chosen for s in getattr(policies[n], name)}, reverse=True)}
-                                             for name in ("tau", "keep", "doubt", "lift")})
-    return found.assign(policy=[merged(chosen) for chosen in found["chosen"]]).drop(columns="chosen")
+
+    def merged(chosen):
+        return MaskPolicy(**{
+            name: {
+                size: {
+                    q: getattr(policies[n], name).get(size, 3 if name == "lift" else 0)
+                    for q, n in chosen
+                }
+                for size in sorted(
+                    {s for _, n in chosen for s in getattr(policies[n], name)}, reverse=True
+                )
+            }
+            for name in ("tau", "keep", "doubt", "lift")
+        })
+
+    return found.assign(policy=[merged(chosen) for chosen in found["chosen"]]).drop(
+        columns="chosen"
+    )
 
 # %% ../nbs/17_encoder.ipynb #261be5a8
 def shipped_policies() -> Path:
@@ -674,29 +1198,59 @@ def shipped_weights() -> Path:
 
 
 def save_policies(
-    series: Mapping[int, pd.DataFrame],  # speed preset → what `tune_policy` gave, or was measured of it: time, loss, policy
+    # speed preset → what `tune_policy` gave, or was measured of it: time, loss, policy
+    series: Mapping[int, pd.DataFrame],
     path: str | os.PathLike,  # JSON file to write
     **facts,  # plain values to keep with it, such as pictures, quantisers, the network
 ) -> Path:  # the path
     "Write a series of policies whole or not at all."
-    speeds = {str(speed): [dict(time=row.time, loss=row.loss, policy=row.policy.to_dict()) for row in table.itertuples()] for speed, table in series.items()}
-    return write_bytes(path, (json.dumps(dict(format="av1nb policies 1", **facts, speeds=speeds), indent=1) + "\n").encode())
+    speeds = {
+        str(speed): [
+            dict(time=row.time, loss=row.loss, policy=row.policy.to_dict())
+            for row in table.itertuples()
+        ]
+        for speed, table in series.items()
+    }
+    return write_bytes(
+        path,
+        (
+            json.dumps(dict(format="av1nb policies 1", **facts, speeds=speeds), indent=1) + "\n"
+        ).encode(),
+    )
 
 
 def policy_for(
     budget: float,  # BD-rate that may be lost, in percent
     cpu_used: int = 1,  # speed preset
     path: str | os.PathLike | None = None,  # file of `save_policies`; None is the shipped one
-) -> tuple[MaskPolicy, float, float]:  # the policy; share of the stock preset's time and BD-rate in percent that it had on the validation pictures
-    "The fastest tuned policy within a budget. Raises `ValueError` for a preset that was not tuned, a budget that none keeps, and a file that holds no policies."
+    # the policy; share of the stock preset's time and BD-rate in percent that it had on the
+    # validation
+    # pictures
+) -> tuple[MaskPolicy, float, float]:
+    """The fastest tuned policy within a budget.
+
+    Raises `ValueError` for a preset that was not tuned, a budget that none keeps, and a file that
+    holds no policies.
+    """
     path = Path(path or shipped_policies())
-    try: content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path} holds no policies ({error}).") from error
-    if not isinstance(content, dict) or content.get("format") != "av1nb policies 1": raise ValueError(f"{path} holds no policies that this version reads.")
-    if str(cpu_used) not in content["speeds"]: raise ValueError(f"There are no tuned policies for speed {cpu_used}; there are for {', '.join(content['speeds'])}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} holds no policies ({error}).") from error
+    if not isinstance(content, dict) or content.get("format") != "av1nb policies 1":
+        raise ValueError(f"{path} holds no policies that this version reads.")
+    if str(cpu_used) not in content["speeds"]:
+        raise ValueError(
+            f"There are no tuned policies for speed {cpu_used}; there are for"
+            f" {', '.join(content['speeds'])}."
+        )
     entries = content["speeds"][str(cpu_used)]
     within = [entry for entry in entries if entry["loss"] <= budget]
-    if not within: raise ValueError(f"No tuned policy of speed {cpu_used} keeps a BD-rate of {budget:g} %; the most careful one loses {min(e['loss'] for e in entries):.2f} %.")
+    if not within:
+        raise ValueError(
+            f"No tuned policy of speed {cpu_used} keeps a BD-rate of {budget:g} %; the most careful"
+            f" one loses {min(e['loss'] for e in entries):.2f} %."
+        )
     best = min(within, key=lambda entry: entry["time"])
     return MaskPolicy.from_dict(best["policy"]), best["time"], best["loss"]
 
@@ -710,38 +1264,68 @@ def predict_masks(
     "Masks for a video. Raises as `JointPredictor.maps` and `masks_from_probabilities` do."
     started = time.process_time()
     height, width = luma[0].shape
-    table = masks_from_probabilities([predictor.maps(frame, qindex) for frame in luma], policy, width, height, qindex)
+    table = masks_from_probabilities(
+        [predictor.maps(frame, qindex) for frame in luma], policy, width, height, qindex
+    )
     return table, time.process_time() - started
 
 
 def read_planes(
-    path: str | os.PathLike,  # film or picture that FFmpeg reads, `.y4m`, or `.yuv` (10 bits in 16-bit words, 4:2:0)
+    # film or picture that FFmpeg reads, `.y4m`, or `.yuv` (10 bits in 16-bit words, 4:2:0)
+    path: str | os.PathLike,
     frames: int = 0,  # so many from the beginning; 0: all
     width: int | None = None,  # of a `.yuv`, in pixels
     height: int | None = None,  # of a `.yuv`, in pixels
 ) -> list[tuple]:  # (Y, U, V) of each frame, uint16, 10 bits, 4:2:0, narrow range
-    """Frames of a video as the encoder takes them; 8-bit 4:2:0 samples are multiplied by 4, other formats are converted by FFmpeg.
+    """Frames of a video as the encoder takes them; 8-bit 4:2:0 samples are multiplied by 4, other
+    formats are converted by FFmpeg.
 
-    Raises `FileNotFoundError`, and `ValueError` for a file without a readable picture and for frames of changing size.
+    Raises `FileNotFoundError`, and `ValueError` for a file without a readable picture and for
+    frames of changing size.
     """
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     if path.suffix.lower() == ".yuv":
         count = probe_video(path, width, height).frames
-        return list(zip(*read_video_planes(path, width, height, range(min(frames or count, count)))))
+        return list(
+            zip(*read_video_planes(path, width, height, range(min(frames or count, count))))
+        )
     found = []
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video: raise ValueError(f"{path} has no video track.")
-            for frame in itertools.islice(container.decode(video=0), frames or None): found.append(_ten_bit_planes(frame))
-    except av.FFmpegError as error: raise ValueError(f"{path} cannot be decoded: {error.strerror}. Is it a film or a picture, and whole?") from error
-    if not found: raise ValueError(f"{path} holds no frame that can be decoded.")
-    if len(sizes := {planes[0].shape[::-1] for planes in found}) > 1: raise ValueError(f"{path} changes its size ({' and '.join(f'{w}×{h}' for w, h in sorted(sizes))}); cut it into parts.")
+            if not container.streams.video:
+                raise ValueError(f"{path} has no video track.")
+            for frame in itertools.islice(container.decode(video=0), frames or None):
+                found.append(_ten_bit_planes(frame))
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"{path} cannot be decoded: {error.strerror}. Is it a film or a picture, and whole?"
+        ) from error
+    if not found:
+        raise ValueError(f"{path} holds no frame that can be decoded.")
+    if len(sizes := {planes[0].shape[::-1] for planes in found}) > 1:
+        raise ValueError(
+            f"{path} changes its size ({' and '.join(f'{w}×{h}' for w, h in sorted(sizes))}); cut"
+            " it into parts."
+        )
     return found
 
 
 def _ten_bit_planes(frame):
-    exact = frame.format.name in ("yuv420p", "yuv420p10le") and frame.color_range != av.video.reformatter.ColorRange.JPEG
-    if not exact: frame = frame.reformat(format="yuv420p10le", dst_color_range="MPEG")
-    dtype, shift = (np.dtype(np.uint8), 2) if frame.format.name == "yuv420p" else (np.dtype("<u2"), 0)
-    return tuple(np.frombuffer(p, dtype).reshape(-1, p.line_size // dtype.itemsize)[:p.height, :p.width].astype(np.uint16) << shift for p in frame.planes)
+    exact = (
+        frame.format.name in ("yuv420p", "yuv420p10le")
+        and frame.color_range != av.video.reformatter.ColorRange.JPEG
+    )
+    if not exact:
+        frame = frame.reformat(format="yuv420p10le", dst_color_range="MPEG")
+    dtype, shift = (
+        (np.dtype(np.uint8), 2) if frame.format.name == "yuv420p" else (np.dtype("<u2"), 0)
+    )
+    return tuple(
+        np.frombuffer(p, dtype)
+        .reshape(-1, p.line_size // dtype.itemsize)[: p.height, : p.width]
+        .astype(np.uint16)
+        << shift
+        for p in frame.planes
+    )

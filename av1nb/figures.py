@@ -27,18 +27,28 @@ from .raw import atomic_file
 
 # %% ../nbs/11_figures.ipynb #9681a174
 TYPE_COLOURS = {
-    PartitionType.NONE: "#999999", PartitionType.HORZ: "#0072B2", PartitionType.VERT: "#56B4E9", PartitionType.SPLIT: "#000000",
-    PartitionType.HORZ_A: "#D55E00", PartitionType.HORZ_B: "#F5A800", PartitionType.VERT_A: "#009E73", PartitionType.VERT_B: "#F0E442",
-    PartitionType.HORZ_4: "#6A1B6E", PartitionType.VERT_4: "#E78AC3",
+    PartitionType.NONE: "#999999",
+    PartitionType.HORZ: "#0072B2",
+    PartitionType.VERT: "#56B4E9",
+    PartitionType.SPLIT: "#000000",
+    PartitionType.HORZ_A: "#D55E00",
+    PartitionType.HORZ_B: "#F5A800",
+    PartitionType.VERT_A: "#009E73",
+    PartitionType.VERT_B: "#F0E442",
+    PartitionType.HORZ_4: "#6A1B6E",
+    PartitionType.VERT_4: "#E78AC3",
 }
 _FAMILY_COLOURS = {"PARTITION": "#0072B2", "RECT": "#0072B2", "AB": "#D55E00", "1TO4": "#6A1B6E"}
-LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # for curves that are not types
+# for curves that are not types
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def class_colours(
     names: Sequence[str],  # class names, such as PartitionType names or the families of a stage
 ) -> list[str]:  # a colour for each, the same in every figure
-    "Colours of classes: those of their type or family; for any other name a colour of `LINE_COLOURS`, by position."
+    """Colours of classes: those of their type or family; for any other name a colour of
+    `LINE_COLOURS`, by position.
+    """
     known = {**{t.name: colour for t, colour in TYPE_COLOURS.items()}, **_FAMILY_COLOURS}
     return [known.get(name, LINE_COLOURS[i % len(LINE_COLOURS)]) for i, name in enumerate(names)]
 
@@ -48,58 +58,101 @@ def savefig(
     path: str | Path,  # file to write; the ending .png or .svg chooses the format
     dpi: int = 100,  # pixels per inch of a PNG
 ) -> Path:  # the path written
-    "Write a figure through a temporary file in the same folder. Raises `ValueError` for another ending."
+    """Write a figure through a temporary file in the same folder.
+
+    Raises `ValueError` for another ending.
+    """
     path = Path(path)
     kind = path.suffix.lower().lstrip(".")
     if kind not in ("png", "svg"):
-        raise ValueError(f"{path}: a figure is written as .png or .svg, not as {path.suffix or 'a file without an ending'}.")
-    undated = {"Date": None} if kind == "svg" else {"Software": None}  # a figure made again gives the same bytes
+        raise ValueError(
+            f"{path}: a figure is written as .png or .svg, not as"
+            f" {path.suffix or 'a file without an ending'}."
+        )
+    # a figure made again gives the same bytes
+    undated = {"Date": None} if kind == "svg" else {"Software": None}
     with atomic_file(path) as temporary, plt.rc_context({"svg.hashsalt": "av1nb"}):
-        _figure_of(figure).savefig(temporary, format=kind, dpi=dpi, bbox_inches="tight", metadata=undated)
+        _figure_of(figure).savefig(
+            temporary, format=kind, dpi=dpi, bbox_inches="tight", metadata=undated
+        )
     return path
 
 
-def _figure_of(figure): return getattr(figure, "figure", None) or figure
+def _figure_of(figure):
+    return getattr(figure, "figure", None) or figure
 
 # %% ../nbs/11_figures.ipynb #c59189d2
 def _axes(ax, size=(6.4, 4.0), title=None, xlabel=None, ylabel=None, grid="both"):
-    if ax is None: ax = plt.subplots(figsize=size, layout="constrained")[1]
+    if ax is None:
+        ax = plt.subplots(figsize=size, layout="constrained")[1]
     seaborn.despine(ax=ax)
     ax.set_axisbelow(True)
-    if grid: ax.grid(axis=grid, color="#dddddd", linewidth=0.7)
-    if title: ax.set_title(title, loc="left", fontsize=11)
+    if grid:
+        ax.grid(axis=grid, color="#dddddd", linewidth=0.7)
+    if title:
+        ax.set_title(title, loc="left", fontsize=11)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return ax
 
 
-def _percent(axis): axis.set_major_formatter(PercentFormatter(1, decimals=0))
+def _percent(axis):
+    axis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 def _columns(**arrays):
     "NumPy arrays of equal length from arrays or tensors on any device."
-    arrays = {name: np.asarray(a.detach().cpu() if hasattr(a, "detach") else a) for name, a in arrays.items()}
+    arrays = {
+        name: np.asarray(a.detach().cpu() if hasattr(a, "detach") else a)
+        for name, a in arrays.items()
+    }
     lengths = {name: len(a) for name, a in arrays.items()}
-    if len(set(lengths.values())) > 1: raise ValueError(f"The lengths differ: {', '.join(f'{n} has {k}' for n, k in lengths.items())}.")
-    if not next(iter(lengths.values())): raise ValueError(f"There is nothing to draw: {', '.join(lengths)} hold no blocks.")
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"The lengths differ: {', '.join(f'{n} has {k}' for n, k in lengths.items())}."
+        )
+    if not next(iter(lengths.values())):
+        raise ValueError(f"There is nothing to draw: {', '.join(lengths)} hold no blocks.")
     return arrays.values()
 
 # %% ../nbs/11_figures.ipynb #6b5d0164
 def partition_rectangles(
-    nodes: pd.DataFrame,  # node table of one frame: size, row, col, type (pixels); a whole tree or any part of one
-) -> pd.DataFrame:  # a row a rectangle: node (position in `nodes`), row, col, height, width (pixels), type and size of the node
-    "Rectangles that show a partition: leaves, and the quarters of SPLIT nodes whose children are not in the table."
+    # node table of one frame: size, row, col, type (pixels); a whole tree or any part of one
+    nodes: pd.DataFrame,
+    # a row a rectangle: node (position in `nodes`), row, col, height, width (pixels), type and size
+    # of
+    # the node
+) -> pd.DataFrame:
+    """Rectangles that show a partition: leaves, and the quarters of SPLIT nodes whose children are
+    not in the table.
+    """
     if "frame" in nodes and nodes["frame"].nunique() > 1:
-        raise ValueError(f"The node table holds {nodes['frame'].nunique()} frames; choose one, as in nodes[nodes.frame == 0].")
+        raise ValueError(
+            f"The node table holds {nodes['frame'].nunique()} frames; choose one, as in"
+            " nodes[nodes.frame == 0]."
+        )
     double = 2 * nodes["size"]
-    parents = pd.DataFrame({"size": double, **{c: nodes[c] // double * double for c in ("row", "col")}})
-    has_children = pd.MultiIndex.from_frame(nodes[["size", "row", "col"]]).isin(pd.MultiIndex.from_frame(parents))
+    parents = pd.DataFrame(
+        {"size": double, **{c: nodes[c] // double * double for c in ("row", "col")}}
+    )
+    has_children = pd.MultiIndex.from_frame(nodes[["size", "row", "col"]]).isin(
+        pd.MultiIndex.from_frame(parents)
+    )
     size, row, col, ptype = (nodes[c].to_numpy()[:, None] for c in ("size", "row", "col", "type"))
     ends = np.flatnonzero((ptype[:, 0] == PartitionType.SPLIT) & (size[:, 0] > 8) & ~has_children)
     half = size[ends] // 2
-    quarters = dict(node=ends[:, None], row=row[ends] + half * (0, 0, 1, 1), col=col[ends] + half * (0, 1, 0, 1),
-                    height=half, width=half, type=ptype[ends], size=size[ends])
+    quarters = dict(
+        node=ends[:, None],
+        row=row[ends] + half * (0, 0, 1, 1),
+        col=col[ends] + half * (0, 1, 0, 1),
+        height=half,
+        width=half,
+        type=ptype[ends],
+        size=size[ends],
+    )
     shape = (len(ends), 4)
-    quarters = pd.DataFrame({name: np.broadcast_to(values, shape).reshape(-1) for name, values in quarters.items()})
+    quarters = pd.DataFrame(
+        {name: np.broadcast_to(values, shape).reshape(-1) for name, values in quarters.items()}
+    )
     return pd.concat([leaves(nodes)[list(quarters.columns)], quarters], ignore_index=True)
 
 # %% ../nbs/11_figures.ipynb #34d18b66
@@ -108,7 +161,8 @@ def partition_overlay(
     nodes: pd.DataFrame,  # node table of this frame (pixels)
     ax=None,  # matplotlib Axes, or None for a new figure
     *,
-    window: tuple[int, int, int, int] | None = None,  # part to show: row, column, height, width in pixels; None for the whole frame
+    # part to show: row, column, height, width in pixels; None for the whole frame
+    window: tuple[int, int, int, int] | None = None,
     fill: float = 0.3,  # opacity of the fill of types other than NONE, 0–1
     peak: int = 1023,  # white level: 1023 for 10-bit, 255 for 8-bit pixels
     legend: bool = True,  # colour key with the number of nodes of each type
@@ -116,17 +170,28 @@ def partition_overlay(
 ):  # the Axes
     "Partition of a frame, drawn on its luma plane in the colours of the types."
     luma = np.asarray(luma)
-    if luma.ndim != 2: raise ValueError(f"A luma plane has two axes (rows, columns); this array has the shape {luma.shape}.")
+    if luma.ndim != 2:
+        raise ValueError(
+            f"A luma plane has two axes (rows, columns); this array has the shape {luma.shape}."
+        )
     if luma.max() > peak:
-        raise ValueError(f"The luma plane holds {luma.max()}, more than its white level {peak}; pass peak=1023 for 10-bit pixels.")
+        raise ValueError(
+            f"The luma plane holds {luma.max()}, more than its white level {peak}; pass peak=1023"
+            " for 10-bit pixels."
+        )
     top, left, height, width = window or (0, 0, *luma.shape)
     bottom, right = min(top + height, luma.shape[0]), min(left + width, luma.shape[1])
     if min(top, left) < 0 or bottom <= top or right <= left:
-        raise ValueError(f"The window {window} (row, column, height, width) does not lie in the frame of "
-                         f"{luma.shape[0]} rows and {luma.shape[1]} columns.")
+        raise ValueError(
+            f"The window {window} (row, column, height, width) does not lie in the frame of "
+            f"{luma.shape[0]} rows and {luma.shape[1]} columns."
+        )
     if ax is None:
         inches = 8 / max(right - left, bottom - top)
-        ax = plt.subplots(figsize=((right - left) * inches + 0.2, (bottom - top) * inches + 0.9), layout="constrained")[1]
+        ax = plt.subplots(
+            figsize=((right - left) * inches + 0.2, (bottom - top) * inches + 0.9),
+            layout="constrained",
+        )[1]
 
     table = partition_rectangles(nodes)
     below, beyond = table.row + table.height, table.col + table.width
@@ -140,12 +205,25 @@ def partition_overlay(
     face[:, 3] = np.where(table.type == PartitionType.NONE, 0, fill)
 
     # the darkest pixel is drawn grey, so that black and dark purple lines show everywhere
-    ax.imshow(luma, cmap="gray", vmin=-0.5 * peak, vmax=peak, extent=(0, luma.shape[1], luma.shape[0], 0), interpolation="nearest")
-    ax.add_collection(PolyCollection(corners, facecolors=face, edgecolors=edge, linewidths=0.8), autolim=False)
-    ax.add_collection(_outlines(nodes[nodes["size"] == nodes["size"].max()], luma.shape), autolim=False)
+    ax.imshow(
+        luma,
+        cmap="gray",
+        vmin=-0.5 * peak,
+        vmax=peak,
+        extent=(0, luma.shape[1], luma.shape[0], 0),
+        interpolation="nearest",
+    )
+    ax.add_collection(
+        PolyCollection(corners, facecolors=face, edgecolors=edge, linewidths=0.8), autolim=False
+    )
+    ax.add_collection(
+        _outlines(nodes[nodes["size"] == nodes["size"].max()], luma.shape), autolim=False
+    )
     ax.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
-    if title: ax.set_title(title, loc="left", fontsize=11)
-    if legend: _type_legend(ax, table.drop_duplicates("node").type)
+    if title:
+        ax.set_title(title, loc="left", fontsize=11)
+    if legend:
+        _type_legend(ax, table.drop_duplicates("node").type)
     return ax
 
 
@@ -156,16 +234,32 @@ def _corners(top, left, bottom, right):
 
 def _outlines(nodes, shape):
     "Outlines of nodes, clipped to the frame, as one collection of white lines."
-    bottom, right = ((nodes[c] + nodes["size"]).clip(upper=n) for c, n in zip(("row", "col"), shape))
+    bottom, right = (
+        (nodes[c] + nodes["size"]).clip(upper=n) for c, n in zip(("row", "col"), shape)
+    )
     corners = _corners(nodes["row"], nodes["col"], bottom, right)
-    return LineCollection(np.concatenate([corners, corners[:, :1]], 1), colors="white", linewidths=0.9, alpha=0.7)
+    return LineCollection(
+        np.concatenate([corners, corners[:, :1]], 1), colors="white", linewidths=0.9, alpha=0.7
+    )
 
 
 def _type_legend(ax, types):
     counts = np.bincount(types, minlength=10)
-    handles = [Patch(facecolor=TYPE_COLOURS[t], label=f"{t.name} {counts[t]:,}") for t in PartitionType if counts[t]]
+    handles = [
+        Patch(facecolor=TYPE_COLOURS[t], label=f"{t.name} {counts[t]:,}")
+        for t in PartitionType
+        if counts[t]
+    ]
     if handles:
-        ax.legend(handles=handles, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False, fontsize=8, handlelength=1.2)
+        ax.legend(
+            handles=handles,
+            ncols=5,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.01),
+            frameon=False,
+            fontsize=8,
+            handlelength=1.2,
+        )
 
 # %% ../nbs/11_figures.ipynb #ffdfcc7f
 def compare_overlays(
@@ -174,7 +268,8 @@ def compare_overlays(
     right_nodes: pd.DataFrame,  # node table for the right picture, such as the coded tree
     titles: tuple[str, str] = ("predicted", "coded"),  # titles of the two pictures
     *,
-    window: tuple[int, int, int, int] | None = None,  # part to show: row, column, height, width in pixels
+    # part to show: row, column, height, width in pixels
+    window: tuple[int, int, int, int] | None = None,
     fill: float = 0.3,  # opacity of the fill, 0–1
     peak: int = 1023,  # white level: 1023 for 10-bit, 255 for 8-bit pixels
     mark_differences: bool = False,  # a cross on every node where the types differ
@@ -188,25 +283,54 @@ def compare_overlays(
     both = left_nodes.merge(right_nodes, on=["size", "row", "col"], suffixes=("_left", "_right"))
     differ = both[both.type_left != both.type_right]
     for ax, nodes, title in zip(axes, (left_nodes, right_nodes), titles):
-        partition_overlay(luma, nodes, ax, window=window, fill=fill, peak=peak, legend=False, title=title)
+        partition_overlay(
+            luma, nodes, ax, window=window, fill=fill, peak=peak, legend=False, title=title
+        )
         if mark_differences:
             middle = differ[["row", "col"]].add(differ["size"] / 2, axis=0)
-            ax.scatter(middle.col, middle.row, marker="X", s=45, linewidths=0.8, color="white", edgecolors="black", zorder=3)
-    drawn = np.union1d(partition_rectangles(left_nodes).type, partition_rectangles(right_nodes).type)
-    figure.legend(handles=[Patch(facecolor=TYPE_COLOURS[t], label=t.name) for t in PartitionType if t in drawn], ncols=10,
-                  loc="outside lower center", frameon=False, fontsize=8, handlelength=1.2)
+            ax.scatter(
+                middle.col,
+                middle.row,
+                marker="X",
+                s=45,
+                linewidths=0.8,
+                color="white",
+                edgecolors="black",
+                zorder=3,
+            )
+    drawn = np.union1d(
+        partition_rectangles(left_nodes).type, partition_rectangles(right_nodes).type
+    )
+    figure.legend(
+        handles=[
+            Patch(facecolor=TYPE_COLOURS[t], label=t.name) for t in PartitionType if t in drawn
+        ],
+        ncols=10,
+        loc="outside lower center",
+        frameon=False,
+        fontsize=8,
+        handlelength=1.2,
+    )
     if len(both):
         agree = len(both) - len(differ)
-        figure.suptitle(f"{agree:,} of {len(both):,} nodes agree ({agree / len(both):.0%})", x=0.01, ha="left", fontsize=10)
+        figure.suptitle(
+            f"{agree:,} of {len(both):,} nodes agree ({agree / len(both):.0%})",
+            x=0.01,
+            ha="left",
+            fontsize=10,
+        )
     return figure
 
 # %% ../nbs/11_figures.ipynb #63ac8499
 def sample_grid(
     samples,  # blocks, integers [blocks, 1, side, side] or [blocks, side, side], array or tensor
     labels,  # class number of each block [blocks]; −1 leaves a block out
-    names: Sequence[str] | None = None,  # class names by number; None: the labels are partition types
+    # class names by number; None: the labels are partition types
+    names: Sequence[str] | None = None,
     *,
-    types=None,  # partition types 0–9 [blocks], for the lines; None: from the class where it has the name of a type
+    # partition types 0–9 [blocks], for the lines; None: from the class where it has the name of a
+    # type
+    types=None,
     per_class: int = 12,  # blocks in a row
     margin: int = 0,  # context pixels on each side of the block
     seed: int = 42,  # chooses the blocks
@@ -216,15 +340,24 @@ def sample_grid(
     "Random blocks of each class that occurs, one row a class, with their partition."
     names = [t.name for t in PartitionType] if names is None else list(names)
     samples, labels = _columns(samples=samples, labels=labels)
-    if labels.max() >= len(names): raise ValueError(f"There are classes up to {labels.max()} but {len(names)} names.")
-    if types is None: types = np.array([PartitionType.__members__.get(name, PartitionType.NONE) for name in names])[labels]
+    if labels.max() >= len(names):
+        raise ValueError(f"There are classes up to {labels.max()} but {len(names)} names.")
+    if types is None:
+        types = np.array(
+            [PartitionType.__members__.get(name, PartitionType.NONE) for name in names]
+        )[labels]
     labels, types = _columns(labels=labels, types=types)
     side = samples.shape[-1]
     size, step = side - 2 * margin, side + 3
     if samples.shape[-2] != side or samples[0].size != side * side:
-        raise ValueError(f"Blocks are square and have one plane; these have the shape {samples.shape[1:]}.")
+        raise ValueError(
+            f"Blocks are square and have one plane; these have the shape {samples.shape[1:]}."
+        )
     if size not in SIZES:
-        raise ValueError(f"With a margin of {margin} the blocks of {side}×{side} would be nodes of {size}×{size}; check the margin.")
+        raise ValueError(
+            f"With a margin of {margin} the blocks of {side}×{side} would be nodes of"
+            f" {size}×{size}; check the margin."
+        )
     rng = np.random.default_rng(seed)
     shown = [c for c in range(len(names)) if (labels == c).any()]
     canvas = np.full((len(shown) * step, per_class * step), np.nan)
@@ -232,85 +365,164 @@ def sample_grid(
     for i, c in enumerate(shown):
         for j, n in enumerate(rng.permutation(np.flatnonzero(labels == c))[:per_class]):
             block = samples[n].reshape(side, side).astype(float)
-            canvas[i * step:i * step + side, j * step:j * step + side] = (block - block.min()) / max(np.ptp(block), 1)
-            top, left, height, width = children(types[n], size, i * step + margin, j * step + margin).T
+            canvas[i * step : i * step + side, j * step : j * step + side] = (
+                block - block.min()
+            ) / max(np.ptp(block), 1)
+            top, left, height, width = children(
+                types[n], size, i * step + margin, j * step + margin
+            ).T
             lines.append(_corners(top, left, top + height, left + width))
             line_colours += [colours[c]] * len(top)
     lines = np.concatenate(lines)
-    if ax is None: ax = plt.subplots(figsize=(0.62 * per_class + 1.6, 0.62 * len(shown) + 0.6), layout="constrained")[1]
-    ax.imshow(canvas, cmap="gray", vmin=0, vmax=1, extent=(0, canvas.shape[1], canvas.shape[0], 0), interpolation="nearest")
-    ax.add_collection(LineCollection(np.concatenate([lines, lines[:, :1]], 1), colors=line_colours, linewidths=1.3), autolim=False)
+    if ax is None:
+        ax = plt.subplots(
+            figsize=(0.62 * per_class + 1.6, 0.62 * len(shown) + 0.6), layout="constrained"
+        )[1]
+    ax.imshow(
+        canvas,
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        extent=(0, canvas.shape[1], canvas.shape[0], 0),
+        interpolation="nearest",
+    )
+    ax.add_collection(
+        LineCollection(
+            np.concatenate([lines, lines[:, :1]], 1), colors=line_colours, linewidths=1.3
+        ),
+        autolim=False,
+    )
     ax.set(xticks=[], yticks=np.arange(len(shown)) * step + side / 2)
     ax.set_yticklabels([f"{names[c]}\n{(labels == c).sum():,}" for c in shown], fontsize=8)
     ax.tick_params(length=0)
     seaborn.despine(ax=ax, left=True, bottom=True)
     context = f" with {margin} pixels of context" if margin else ""
-    ax.set_title(title or f"{size}×{size} blocks{context}, each stretched to its own range", loc="left", fontsize=11)
+    ax.set_title(
+        title or f"{size}×{size} blocks{context}, each stretched to its own range",
+        loc="left",
+        fontsize=11,
+    )
     return ax
 
 # %% ../nbs/11_figures.ipynb #ffa2db8d
 def class_distribution(
-    counts,  # DataFrame of blocks [class, split], or dict split -> {class: blocks} or split -> partition type of each block [blocks]
+    # DataFrame of blocks [class, split], or dict split -> {class: blocks} or split -> partition
+    # type of each block [blocks]
+    counts,
     *,
     title: str = "Class distribution",  # title of the plot
     ax=None,  # matplotlib Axes, or None for a new figure
 ):  # the Axes
     "Share of each class in each split, with the number of blocks of the split in the legend."
-    if isinstance(counts, Mapping): counts = {split: _count(of_split) for split, of_split in counts.items()}
+    if isinstance(counts, Mapping):
+        counts = {split: _count(of_split) for split, of_split in counts.items()}
     counts = pd.DataFrame(counts).fillna(0)
-    if counts.empty or not counts.sum().all(): raise ValueError(f"There is a split without blocks: {counts.sum().to_dict()}.")
+    if counts.empty or not counts.sum().all():
+        raise ValueError(f"There is a split without blocks: {counts.sum().to_dict()}.")
     total = counts.sum()
-    long = (counts / total).rename_axis("class").reset_index().melt("class", var_name="split", value_name="share")
-    ax = _axes(ax, (max(5, 0.85 * len(counts) + 1.5), 3.6), title, "class", "share of the split's blocks", grid="y")
-    seaborn.barplot(long, x="class", y="share", hue="split", palette=list(LINE_COLOURS[:len(total)]), saturation=1, ax=ax)
+    long = (
+        (counts / total)
+        .rename_axis("class")
+        .reset_index()
+        .melt("class", var_name="split", value_name="share")
+    )
+    ax = _axes(
+        ax,
+        (max(5, 0.85 * len(counts) + 1.5), 3.6),
+        title,
+        "class",
+        "share of the split's blocks",
+        grid="y",
+    )
+    seaborn.barplot(
+        long,
+        x="class",
+        y="share",
+        hue="split",
+        palette=list(LINE_COLOURS[: len(total)]),
+        saturation=1,
+        ax=ax,
+    )
     for bars, split in zip(ax.containers, counts):
-        ax.bar_label(bars, [f"{int(n):,}" for n in counts[split]], fontsize=6.5, rotation=90, padding=2)
+        ax.bar_label(
+            bars, [f"{int(n):,}" for n in counts[split]], fontsize=6.5, rotation=90, padding=2
+        )
     ax.margins(y=0.18)
     _percent(ax.yaxis)
     handles, names = ax.get_legend_handles_labels()
-    ax.legend(handles, [f"{name} ({int(total[name]):,} blocks)" for name in names], frameon=False, fontsize=8)
-    if len(counts) > 6: ax.tick_params(axis="x", labelsize=8)
+    ax.legend(
+        handles,
+        [f"{name} ({int(total[name]):,} blocks)" for name in names],
+        frameon=False,
+        fontsize=8,
+    )
+    if len(counts) > 6:
+        ax.tick_params(axis="x", labelsize=8)
     return ax
 
 
 def _count(of_split):
     "Blocks per class of one split, from a mapping or from the partition type of every block."
-    if isinstance(of_split, (Mapping, pd.Series)): return dict(of_split)
-    types, = _columns(types=of_split)
+    if isinstance(of_split, (Mapping, pd.Series)):
+        return dict(of_split)
+    (types,) = _columns(types=of_split)
     return {t.name: n for t, n in zip(PartitionType, np.bincount(types, minlength=10).tolist())}
 
 # %% ../nbs/11_figures.ipynb #a5ccd7eb
 def training_curves(
-    history,  # History, DataFrame or dict of lists: epoch, train_loss, val_loss, scores of the validation set, learning rates (lr…)
+    # History, DataFrame or dict of lists: epoch, train_loss, val_loss, scores of the validation
+    # set, learning rates (lr…)
+    history,
     *,
-    scores: Sequence[str] | None = None,  # scores to draw; None: accuracy, macro_f1 and f1 as far as they are there
-    monitor: str | None = None,  # score that chose the best epoch; None: the history's own, else no mark
+    # scores to draw; None: accuracy, macro_f1 and f1 as far as they are there
+    scores: Sequence[str] | None = None,
+    # score that chose the best epoch; None: the history's own, else no mark
+    monitor: str | None = None,
     mode: str = "max",  # "max" or "min": which value of the monitor is best
     title: str = "Training",  # title of the figure
 ):  # the Figure
     "Loss, validation scores and learning rates by epoch."
     frame = history.frame() if hasattr(history, "frame") else pd.DataFrame(history)
     frame = frame.set_index("epoch") if "epoch" in frame else frame
-    if frame.empty: raise ValueError("The history holds no epoch.")
+    if frame.empty:
+        raise ValueError("The history holds no epoch.")
     monitor, mode = monitor or getattr(history, "monitor", None), getattr(history, "mode", mode)
-    if monitor and monitor not in frame: raise ValueError(f"The history has no {monitor!r}; it has {', '.join(frame)}.")
+    if monitor and monitor not in frame:
+        raise ValueError(f"The history has no {monitor!r}; it has {', '.join(frame)}.")
     if scores is None:
         usual = dict.fromkeys(("accuracy", "macro_f1", "f1", monitor))
         scores = [s for s in usual if s in frame and not s.endswith("loss")]
     if missing := [s for s in scores if s not in frame]:
         raise ValueError(f"The history has no {', '.join(missing)}; it has {', '.join(frame)}.")
-    panels = {"loss": [c for c in ("train_loss", "val_loss") if c in frame], "validation score": list(scores),
-              "learning rate": [c for c in frame if c.startswith("lr")]}
+    panels = {
+        "loss": [c for c in ("train_loss", "val_loss") if c in frame],
+        "validation score": list(scores),
+        "learning rate": [c for c in frame if c.startswith("lr")],
+    }
     panels = {label: columns for label, columns in panels.items() if columns}
     best = None if monitor is None else getattr(frame[monitor], f"idx{mode}")()
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4 * len(panels), 3.2), layout="constrained", squeeze=False
+    )
     for ax, (label, columns) in zip(axes[0], panels.items()):
         _axes(ax, xlabel="epoch", ylabel=label)
         for column, colour, marker in zip(columns, LINE_COLOURS, "os^Dv<>"):
             name = column.removesuffix("_loss")
-            ax.plot(frame.index, frame[column], color=colour, marker=marker, markersize=3, linewidth=1.4, label=name)
-        if best is not None: ax.axvline(best, color="#666666", linestyle=":", linewidth=1.2, label=f"best epoch {best}")
-        if label == "learning rate" and (frame[columns] > 0).any(axis=None): ax.set_yscale("log")
+            ax.plot(
+                frame.index,
+                frame[column],
+                color=colour,
+                marker=marker,
+                markersize=3,
+                linewidth=1.4,
+                label=name,
+            )
+        if best is not None:
+            ax.axvline(
+                best, color="#666666", linestyle=":", linewidth=1.2, label=f"best epoch {best}"
+            )
+        if label == "learning rate" and (frame[columns] > 0).any(axis=None):
+            ax.set_yscale("log")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(frameon=False, fontsize=8)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -327,18 +539,40 @@ def confusion_heatmap(
     "Confusion matrix with shares of the true class and counts."
     matrix = np.asarray(matrix)
     if matrix.shape != (len(names), len(names)):
-        raise ValueError(f"The matrix has the shape {matrix.shape}, but there are {len(names)} class names.")
+        raise ValueError(
+            f"The matrix has the shape {matrix.shape}, but there are {len(names)} class names."
+        )
     support = matrix.sum(1, keepdims=True)
     share = np.divide(matrix, support, out=np.full(matrix.shape, np.nan), where=support > 0)
-    text = [[f"{s:.0%}\n{int(n):,}" if np.isfinite(s) else "" for s, n in zip(*row)] for row in zip(share, matrix)]
+    text = [
+        [f"{s:.0%}\n{int(n):,}" if np.isfinite(s) else "" for s, n in zip(*row)]
+        for row in zip(share, matrix)
+    ]
     inches = 0.72 * len(names) + 1.6
-    if ax is None: ax = plt.subplots(figsize=(inches + 0.8, inches), layout="constrained")[1]
-    seaborn.heatmap(share, annot=np.array(text), fmt="", vmin=0, vmax=1, cmap="Blues", square=True, linewidths=0.5, ax=ax,
-                    annot_kws={"fontsize": 7.5},
-                    cbar_kws={"label": "share of the true class", "format": PercentFormatter(1, decimals=0), "shrink": 0.8})
+    if ax is None:
+        ax = plt.subplots(figsize=(inches + 0.8, inches), layout="constrained")[1]
+    seaborn.heatmap(
+        share,
+        annot=np.array(text),
+        fmt="",
+        vmin=0,
+        vmax=1,
+        cmap="Blues",
+        square=True,
+        linewidths=0.5,
+        ax=ax,
+        annot_kws={"fontsize": 7.5},
+        cbar_kws={
+            "label": "share of the true class",
+            "format": PercentFormatter(1, decimals=0),
+            "shrink": 0.8,
+        },
+    )
     ax.set(xlabel="decided class", ylabel="true class (blocks)")
     ax.set_xticklabels(names, rotation=45, ha="right", fontsize=8)
-    ax.set_yticklabels([f"{name} ({int(n):,})" for name, n in zip(names, support[:, 0])], rotation=0, fontsize=8)
+    ax.set_yticklabels(
+        [f"{name} ({int(n):,})" for name, n in zip(names, support[:, 0])], rotation=0, fontsize=8
+    )
     ax.set_title(title, loc="left", fontsize=11)
     return ax
 
@@ -351,27 +585,56 @@ def precision_recall(
     positive: str = "PARTITION",  # name of class 1
     title: str = "Precision and recall",  # title of the figure
 ):  # the Figure
-    "Precision, recall and F1 over all thresholds, and the precision-recall curve with its average precision."
+    """Precision, recall and F1 over all thresholds, and the precision-recall curve with its average
+    precision.
+    """
     scores, labels = _columns(scores=scores, labels=labels)
     if set(np.unique(labels)) != {0, 1}:
-        raise ValueError(f"Precision and recall need both classes 0 and 1; the labels hold {np.unique(labels).tolist()}.")
+        raise ValueError(
+            "Precision and recall need both classes 0 and 1; the labels hold"
+            f" {np.unique(labels).tolist()}."
+        )
     precision, recall, thresholds = precision_recall_curve(labels, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    _axes(left, xlabel=f"threshold on the probability of {positive}", ylabel=f"value for {positive}")
-    for values, name, colour, style in zip((precision, recall, f1), ("precision", "recall", "F1"), LINE_COLOURS, ("-", "--", "-.")):
+    _axes(
+        left, xlabel=f"threshold on the probability of {positive}", ylabel=f"value for {positive}"
+    )
+    for values, name, colour, style in zip(
+        (precision, recall, f1), ("precision", "recall", "F1"), LINE_COLOURS, ("-", "--", "-.")
+    ):
         left.plot(thresholds, values[:-1], color=colour, linestyle=style, label=name)
     _axes(right, xlabel="recall", ylabel="precision")
     average = average_precision_score(labels, scores)
-    right.step(recall, precision, where="pre", color=LINE_COLOURS[0], label=f"average precision {average:.3f}")
-    right.axhline(labels.mean(), color="#666666", linestyle="--", linewidth=1, label=f"guessing: {labels.mean():.3f}")
+    right.step(
+        recall,
+        precision,
+        where="pre",
+        color=LINE_COLOURS[0],
+        label=f"average precision {average:.3f}",
+    )
+    right.axhline(
+        labels.mean(),
+        color="#666666",
+        linestyle="--",
+        linewidth=1,
+        label=f"guessing: {labels.mean():.3f}",
+    )
     if threshold is not None:
         at = min(np.searchsorted(thresholds, threshold), len(thresholds))
         left.axvline(threshold, color="#666666", linestyle=":", label=f"threshold {threshold:.2f}")
-        right.plot(recall[at], precision[at], "o", color="#000000", markersize=6, label=f"threshold {threshold:.2f}: F1 {f1[at]:.3f}")
+        right.plot(
+            recall[at],
+            precision[at],
+            "o",
+            color="#000000",
+            markersize=6,
+            label=f"threshold {threshold:.2f}: F1 {f1[at]:.3f}",
+        )
     left.set(xlim=(0, 1), ylim=(0, 1.02))
     right.set(xlim=(0, 1), ylim=(0, 1.02))
-    for ax in (left, right): ax.legend(frameon=False, fontsize=8, loc="lower left")
+    for ax in (left, right):
+        ax.legend(frameon=False, fontsize=8, loc="lower left")
     figure.suptitle(f"{title}, {len(labels):,} blocks", x=0.01, ha="left", fontsize=11)
     return figure
 
@@ -386,28 +649,46 @@ def threshold_curve(
     ax=None,  # matplotlib Axes, or None for a new figure
 ):  # the Axes
     "Objectives over the thresholds that were tried."
-    columns = [c for c in table.select_dtypes("number") if c != x] if columns is None else list(columns)
+    columns = (
+        [c for c in table.select_dtypes("number") if c != x] if columns is None else list(columns)
+    )
     if missing := [c for c in (x, *columns) if c not in table]:
-        raise ValueError(f"The table has no column {', '.join(missing)}; it has {', '.join(map(str, table))}.")
+        raise ValueError(
+            f"The table has no column {', '.join(missing)}; it has {', '.join(map(str, table))}."
+        )
     table = table.sort_values(x)
     ax = _axes(ax, (6.4, 3.4), title, x, "value on the validation split")
     for column, colour, marker in zip(columns, LINE_COLOURS, "os^Dv<>"):
-        ax.plot(table[x], table[column], color=colour, marker=marker, markersize=3, markevery=max(1, len(table) // 20), label=column)
-    if chosen is not None: ax.axvline(chosen, color="#666666", linestyle=":", label=f"chosen {chosen:.2f}")
+        ax.plot(
+            table[x],
+            table[column],
+            color=colour,
+            marker=marker,
+            markersize=3,
+            markevery=max(1, len(table) // 20),
+            label=column,
+        )
+    if chosen is not None:
+        ax.axvline(chosen, color="#666666", linestyle=":", label=f"chosen {chosen:.2f}")
     ax.legend(frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/11_figures.ipynb #3cb4aa81
 def reliability_diagram(
-    probabilities,  # [blocks, classes], or [blocks] for class 1 of two; or a dict name -> such an array
+    # [blocks, classes], or [blocks] for class 1 of two; or a dict name -> such an array
+    probabilities,
     labels,  # true class numbers [blocks]
     *,
     bins: int = 15,  # bins of equal width
     title: str = "Reliability",  # title of the figure
 ):  # the Figure
-    "Accuracy against confidence, with the expected calibration error of each model and the number of blocks in each bin."
+    """Accuracy against confidence, with the expected calibration error of each model and the number
+    of blocks in each bin.
+    """
     models = dict(probabilities) if isinstance(probabilities, Mapping) else {"model": probabilities}
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(4.6, 4.8), height_ratios=(3, 1), sharex=True, layout="constrained")
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(4.6, 4.8), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
     _axes(top, ylabel="accuracy in the bin")
     _axes(bottom, xlabel="confidence", ylabel="blocks", grid="y")
     top.plot([0, 1], [0, 1], color="#666666", linestyle="--", linewidth=1, label="perfect")
@@ -416,8 +697,21 @@ def reliability_diagram(
         table = reliability_table(probs, truth, bins)
         used = table[table.blocks > 0]
         error = expected_calibration_error(probs, truth, bins)
-        top.plot(used.confidence, used.accuracy, color=colour, marker=marker, markersize=4, label=f"{name}: ECE {error:.3f}")
-        bottom.stairs(table.blocks, np.linspace(0, 1, bins + 1), color=colour, fill=len(models) == 1, linewidth=1.4)
+        top.plot(
+            used.confidence,
+            used.accuracy,
+            color=colour,
+            marker=marker,
+            markersize=4,
+            label=f"{name}: ECE {error:.3f}",
+        )
+        bottom.stairs(
+            table.blocks,
+            np.linspace(0, 1, bins + 1),
+            color=colour,
+            fill=len(models) == 1,
+            linewidth=1.4,
+        )
     lowest = 1 / (np.shape(probs)[1] if np.ndim(probs) == 2 else 2)
     top.set(xlim=(np.floor(lowest * 10) / 10, 1), ylim=(0, 1.02))
     top.legend(frameon=False, fontsize=8)
@@ -436,18 +730,36 @@ def agreement_plot(
     "Accuracy for each level of agreement, with 95 % Wilson intervals and numbers of blocks."
     agreement, correct = _columns(agreement=agreement, correct=correct)
     if np.isnan(agreement).any():
-        raise ValueError(f"{np.isnan(agreement).sum()} blocks have no agreement: the ensemble did not decide them; leave them out.")
+        raise ValueError(
+            f"{np.isnan(agreement).sum()} blocks have no agreement: the ensemble did not decide"
+            " them; leave them out."
+        )
     levels, place = np.unique(np.round(agreement.astype(float), 4), return_inverse=True)
     n = np.bincount(place)
     share = np.bincount(place, correct) / n
     z = 1.96
-    middle = (share + z ** 2 / (2 * n)) / (1 + z ** 2 / n)
-    half = z * np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z ** 2 / n)
-    ax = _axes(ax, (max(3.6, 1.1 * len(levels) + 1.5), 3.4), title, "share of the members that agree", "accuracy", grid="y")
-    ax.bar(range(len(levels)), share, color=LINE_COLOURS[5], width=0.7, capsize=4,
-           yerr=np.clip([share - middle + half, middle + half - share], 0, None))
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
+    ax = _axes(
+        ax,
+        (max(3.6, 1.1 * len(levels) + 1.5), 3.4),
+        title,
+        "share of the members that agree",
+        "accuracy",
+        grid="y",
+    )
+    ax.bar(
+        range(len(levels)),
+        share,
+        color=LINE_COLOURS[5],
+        width=0.7,
+        capsize=4,
+        yerr=np.clip([share - middle + half, middle + half - share], 0, None),
+    )
     if chance is not None:
-        ax.axhline(chance, color="#666666", linestyle="--", linewidth=1, label=f"guessing: {chance:.2f}")
+        ax.axhline(
+            chance, color="#666666", linestyle="--", linewidth=1, label=f"guessing: {chance:.2f}"
+        )
         ax.legend(frameon=False, fontsize=8)
     ax.set_xticks(range(len(levels)), [f"{level:.0%}\n{k:,} blocks" for level, k in zip(levels, n)])
     ax.set_ylim(0, 1)
@@ -456,30 +768,58 @@ def agreement_plot(
 
 # %% ../nbs/11_figures.ipynb #1a70a943
 def error_flow(
-    attribution: pd.DataFrame,  # a row for each fate of blocks, `right` among them; columns `blocks` and, if wanted, `oracle` (0–1, or NaN)
+    # a row for each fate of blocks, `right` among them; columns `blocks` and, if wanted, `oracle`
+    # (0–1, or NaN)
+    attribution: pd.DataFrame,
     *,
     title: str = "Where blocks are lost",  # title of the plot
     ax=None,  # matplotlib Axes, or None for a new figure
 ):  # the Axes
-    "Waterfall from all blocks to the right ones, and what each stage would give if it were perfect (see `pipeline.attribute_errors`)."
+    """Waterfall from all blocks to the right ones, and what each stage would give if it were
+    perfect (see `pipeline.attribute_errors`).
+    """
     if "blocks" not in attribution or "right" not in attribution.index:
-        raise ValueError("The attribution needs a column 'blocks' and a row 'right', as made by pipeline.attribute_errors.")
+        raise ValueError(
+            "The attribution needs a column 'blocks' and a row 'right', as made by"
+            " pipeline.attribute_errors."
+        )
     blocks = attribution["blocks"].astype(int)
-    if (blocks < 0).any() or not blocks.sum(): raise ValueError(f"These are no numbers of blocks: {blocks.to_dict()}.")
+    if (blocks < 0).any() or not blocks.sum():
+        raise ValueError(f"These are no numbers of blocks: {blocks.to_dict()}.")
     lost = blocks.drop("right")
     numbers = np.array([blocks.sum(), *lost, blocks["right"]])
     ends = np.array([0, *(blocks.sum() - lost.cumsum()), 0])  # where a bar begins, seen from below
-    ax = _axes(ax, (max(5, 1.25 * len(lost) + 2.5), 3.8), title, None, "share of all blocks", grid="y")
+    ax = _axes(
+        ax, (max(5, 1.25 * len(lost) + 2.5), 3.8), title, None, "share of all blocks", grid="y"
+    )
     colours = ["#999999", *[LINE_COLOURS[1]] * len(lost), LINE_COLOURS[2]]
-    bars = ax.bar(range(len(numbers)), numbers / blocks.sum(), bottom=ends / blocks.sum(), color=colours, width=0.7)
+    bars = ax.bar(
+        range(len(numbers)),
+        numbers / blocks.sum(),
+        bottom=ends / blocks.sum(),
+        color=colours,
+        width=0.7,
+    )
     ax.bar_label(bars, [f"{n / blocks.sum():.1%}\n{n:,}" for n in numbers], fontsize=8, padding=2)
     steps = np.array([blocks.sum(), *ends[1:-1]]) / blocks.sum()
-    ax.hlines(steps, np.arange(len(steps)) + 0.35, np.arange(len(steps)) + 0.65, color="#666666", linewidth=0.8)
+    ax.hlines(
+        steps,
+        np.arange(len(steps)) + 0.35,
+        np.arange(len(steps)) + 0.65,
+        color="#666666",
+        linewidth=0.8,
+    )
     oracle = attribution.get("oracle", pd.Series(dtype=float)).dropna()
     names = ["no class" if stage == "uncovered" else f"lost in\n{stage}" for stage in lost.index]
-    names = [name + (f"\nif perfect {oracle[stage]:.1%}" if stage in oracle else "") for name, stage in zip(names, lost.index)]
+    names = [
+        name + (f"\nif perfect {oracle[stage]:.1%}" if stage in oracle else "")
+        for name, stage in zip(names, lost.index)
+    ]
     ax.set_xticks(range(len(numbers)), ["all blocks", *names, "right"], fontsize=8)
-    if len(oracle): ax.set_xlabel("if perfect: accuracy of the pipeline if this stage made no error", fontsize=8)
+    if len(oracle):
+        ax.set_xlabel(
+            "if perfect: accuracy of the pipeline if this stage made no error", fontsize=8
+        )
     ax.set_ylim(0, 1.16)
     ax.set_yticks(np.linspace(0, 1, 6))
     _percent(ax.yaxis)

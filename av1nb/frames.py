@@ -23,6 +23,7 @@ from .raw import list_recordings, read_frames, read_partition_logs
 @dataclass(frozen=True)
 class Place:
     "One frame at one quantiser, and where it lies in the vectors of a `FrameSet`."
+
     sequence: str  # name of the picture
     frame: int  # frame within the sequence
     qindex: int  # 0–255
@@ -40,10 +41,22 @@ def check_frame(
 ):
     "Raise `ValueError` unless `luma` is uint16 [H, W] with values up to 1023, at least 8×8."
     if not isinstance(luma, np.ndarray) or luma.dtype != np.uint16 or luma.ndim != 2:
-        found = f"{luma.dtype} {luma.shape}" if isinstance(luma, np.ndarray) else type(luma).__name__
-        raise ValueError(f"{where} is {found}; a 10-bit luma plane as uint16 [height, width] is needed. 8-bit pictures are scaled by raw.read_video.")
-    if min(luma.shape) < 8: raise ValueError(f"{where} has {luma.shape[1]}×{luma.shape[0]} pixels; the smallest block has 8×8.")
-    if (top := int(luma.max())) > MAX_PIXEL: raise ValueError(f"{where} has the value {top}, but 10-bit samples are at most {MAX_PIXEL}; shift 12-bit or 16-bit pictures down first.")
+        found = (
+            f"{luma.dtype} {luma.shape}" if isinstance(luma, np.ndarray) else type(luma).__name__
+        )
+        raise ValueError(
+            f"{where} is {found}; a 10-bit luma plane as uint16 [height, width] is needed. 8-bit"
+            " pictures are scaled by raw.read_video."
+        )
+    if min(luma.shape) < 8:
+        raise ValueError(
+            f"{where} has {luma.shape[1]}×{luma.shape[0]} pixels; the smallest block has 8×8."
+        )
+    if (top := int(luma.max())) > MAX_PIXEL:
+        raise ValueError(
+            f"{where} has the value {top}, but 10-bit samples are at most {MAX_PIXEL}; shift 12-bit"
+            " or 16-bit pictures down first."
+        )
 
 
 def pad_frame(
@@ -56,27 +69,44 @@ def pad_frame(
 
 
 def numbered(
-    picture,  # object with `luma` [frames, H, W] and, where they are not 0, 1, 2, …, the numbers of its `frames`
+    # object with `luma` [frames, H, W] and, where they are not 0, 1, 2, …, the numbers of its
+    # `frames`
+    picture,
 ) -> list:  # pairs of number and luma
     "The frames of a picture with their numbers."
     return list(zip(getattr(picture, "frames", None) or range(len(picture.luma)), picture.luma))
 
 
 class FrameSet:
-    """Frames of many sizes at many quantisers. `luma` int16 (the bits of uint16) [pixels], `types[size]` int8 [cells], −1 where there is no node;
-    `regrets[size]` float16 [cells,10], NaN where no cost is known, only if a picture has costs; `recordings` says where each frame begins.
-    Raises `ValueError` for pictures that are not 10-bit luma, naming them, and for costs that do not belong to the frame."""
+    """Frames of many sizes at many quantisers.
+
+    `luma` int16 (the bits of uint16) [pixels], `types[size]` int8 [cells], −1 where there is no
+    node; `regrets[size]` float16 [cells,10], NaN where no cost is known, only if a picture has
+    costs; `recordings` says where each frame begins. Raises `ValueError` for pictures that are not
+    10-bit luma, naming them, and for costs that do not belong to the frame.
+    """
 
     def __init__(
         self,
-        pictures: Iterable,  # objects with `name`, `luma` uint16 [frames, H, W], `nodes` {qindex: node table}, and maybe `costs` {qindex: (node table, RD costs [nodes,10])}
+        # objects with `name`, `luma` uint16 [frames, H, W], `nodes` {qindex: node table}, and maybe
+        # `costs` {qindex: (node table, RD costs [nodes,10])}
+        pictures: Iterable,
         side: int = 128,  # side of the crops that will be taken, a multiple of 64
         device="cpu",  # where the vectors live
-        searched: bool = False,  # labels are the types that won in the search of the costs, of every node it visited; False: those of the coded tree
+        # labels are the types that won in the search of the costs, of every node it visited; False:
+        # those of the coded tree
+        searched: bool = False,
     ):
-        if side % 64 or side < 64: raise ValueError(f"side is {side}; crops are whole 64×64 superblocks.")
+        if side % 64 or side < 64:
+            raise ValueError(f"side is {side}; crops are whole 64×64 superblocks.")
         self.side, self.recordings, self.names = side, [], []
-        pixels, cells, regrets, at, starts = [], {size: [] for size in LEVELS}, {size: [] for size in LEVELS}, 0, np.zeros(len(LEVELS), np.int64)
+        pixels, cells, regrets, at, starts = (
+            [],
+            {size: [] for size in LEVELS},
+            {size: [] for size in LEVELS},
+            0,
+            np.zeros(len(LEVELS), np.int64),
+        )
         pictures = list(pictures)
         priced = any(getattr(picture, "costs", None) for picture in pictures)
         for picture in pictures:
@@ -86,13 +116,21 @@ class FrameSet:
                 padded = pad_frame(luma, side)
                 pixels.append(padded.reshape(-1))
                 for qindex, nodes in sorted(picture.nodes.items()):
-                    if not 0 <= qindex <= 255: raise ValueError(f"{picture.name} has the qindex {qindex}; it lies from 0 to 255.")
+                    if not 0 <= qindex <= 255:
+                        raise ValueError(
+                            f"{picture.name} has the qindex {qindex}; it lies from 0 to 255."
+                        )
                     own = nodes[nodes["frame"] == frame]
-                    if not len(own): continue  # this frame has another quantiser
+                    if not len(own):
+                        continue  # this frame has another quantiser
                     own = own[is_inside(own, luma.shape[1], luma.shape[0])]
                     seen = _regrets(picture, frame, qindex, luma.shape)
                     if searched:
-                        if seen is None: raise ValueError(f"{picture.name} has no costs at qindex {qindex}: search its frames, or take the coded nodes.")
+                        if seen is None:
+                            raise ValueError(
+                                f"{picture.name} has no costs at qindex {qindex}: search its"
+                                " frames, or take the coded nodes."
+                            )
                         own = seen[0].assign(type=np.nanargmin(seen[1], 1))
                     for size in LEVELS:
                         shape = padded.shape[0] // size, padded.shape[1] // size
@@ -100,28 +138,60 @@ class FrameSet:
                         here = own[own["size"] == size]
                         grid[here["row"] // size, here["col"] // size] = here["type"]
                         cells[size].append(grid.reshape(-1))
-                        if not priced: continue
+                        if not priced:
+                            continue
                         values = np.full((*shape, 10), np.nan, np.float16)
                         if seen is not None:
                             here = (seen[0]["size"] == size).to_numpy()
-                            values[seen[0]["row"][here] // size, seen[0]["col"][here] // size] = seen[1][here]
+                            values[seen[0]["row"][here] // size, seen[0]["col"][here] // size] = (
+                                seen[1][here]
+                            )
                         regrets[size].append(values.reshape(-1, 10))
-                    self.recordings.append(Place(picture.name, frame, int(qindex), *luma.shape, *padded.shape, at, tuple(starts.tolist())))
+                    self.recordings.append(
+                        Place(
+                            picture.name,
+                            frame,
+                            int(qindex),
+                            *luma.shape,
+                            *padded.shape,
+                            at,
+                            tuple(starts.tolist()),
+                        )
+                    )
                     starts += [cells[size][-1].size for size in LEVELS]
                 at += padded.size
-        if not self.recordings: raise ValueError("There is no picture with a tree.")
+        if not self.recordings:
+            raise ValueError("There is no picture with a tree.")
         self.luma = torch.from_numpy(np.concatenate(pixels).view(np.int16)).to(device)
-        self.types = {size: torch.from_numpy(np.concatenate(grids)).to(device) for size, grids in cells.items()}
-        self.regrets = {size: torch.from_numpy(np.concatenate(grids)).to(device) for size, grids in regrets.items()} if priced else None
-        column = lambda name: torch.tensor([getattr(r, name) for r in self.recordings], device=device)
-        self.qindex, self.width, self.height, self.luma_start = map(column, ("qindex", "padded_width", "padded_height", "luma_start"))
+        self.types = {
+            size: torch.from_numpy(np.concatenate(grids)).to(device)
+            for size, grids in cells.items()
+        }
+        self.regrets = (
+            {
+                size: torch.from_numpy(np.concatenate(grids)).to(device)
+                for size, grids in regrets.items()
+            }
+            if priced
+            else None
+        )
+        column = lambda name: torch.tensor(
+            [getattr(r, name) for r in self.recordings], device=device
+        )
+        self.qindex, self.width, self.height, self.luma_start = map(
+            column, ("qindex", "padded_width", "padded_height", "luma_start")
+        )
         self.starts = column("starts")
         self.steps, self.maps = _steps(device), _maps(device)  # every batch needs them
 
-    def __len__(self): return len(self.recordings)
+    def __len__(self):
+        return len(self.recordings)
 
     def __repr__(self):
-        return f"FrameSet({len(self.names)} sequences, {len(self)} recordings, {int(self.superblocks.sum())} superblocks)"
+        return (
+            f"FrameSet({len(self.names)} sequences, {len(self)} recordings,"
+            f" {int(self.superblocks.sum())} superblocks)"
+        )
 
     @property
     def superblocks(self) -> torch.Tensor:  # int64 [recordings]
@@ -130,7 +200,10 @@ class FrameSet:
 
     def counts(self) -> dict:  # size → int64 [10]
         "How often each type occurs at each level."
-        return {size: torch.bincount(types[types >= 0].long(), minlength=10).cpu().numpy() for size, types in self.types.items()}
+        return {
+            size: torch.bincount(types[types >= 0].long(), minlength=10).cpu().numpy()
+            for size, types in self.types.items()
+        }
 
     def crop(
         self,
@@ -138,43 +211,76 @@ class FrameSet:
         row: torch.Tensor,  # int64 [B], top of each crop in pixels, multiples of 64
         col: torch.Tensor,  # int64 [B], left of each crop
         symmetry: torch.Tensor,  # int64 [B], position in `SYMMETRIES`
-    ) -> tuple:  # x float32 [B,1,S,S] in [0,1]; types int64 [B, cells], −1 for no node; qindex int64 [B]; with costs also regrets float32 [B, cells, 10], NaN where unknown
-        "Crops of the side S, pixels and trees transformed together. Source: the symmetries of `partitions`, as arithmetic on positions."
+        # x float32 [B,1,S,S] in [0,1]; types int64 [B, cells], −1 for no node; qindex int64 [B];
+        # with
+        # costs also regrets float32 [B, cells, 10], NaN where unknown
+    ) -> tuple:
+        """Crops of the side S, pixels and trees transformed together.
+
+        Source: the symmetries of `partitions`, as arithmetic on positions.
+        """
         device = self.luma.device
         recording, row, col, symmetry = (v.to(device) for v in (recording, row, col, symmetry))
         transpose, flip_rows, flip_cols = (self.steps[symmetry, k, None, None] for k in range(3))
 
         def positions(size, start, width):
             n = self.side // size
-            i, j = torch.arange(n, device=device)[None, :, None], torch.arange(n, device=device)[None, None]
+            i, j = (
+                torch.arange(n, device=device)[None, :, None],
+                torch.arange(n, device=device)[None, None],
+            )
             i, j = torch.where(flip_rows, n - 1 - i, i), torch.where(flip_cols, n - 1 - j, j)
             r, c = torch.where(transpose, j, i), torch.where(transpose, i, j)
-            return (start + row // size * width + col // size)[:, None, None] + r * width[:, None, None] + c
+            return (
+                (start + row // size * width + col // size)[:, None, None]
+                + r * width[:, None, None]
+                + c
+            )
 
         width = self.width[recording]
         x = self.luma[positions(1, self.luma_start[recording], width)][:, None]
-        places = [positions(size, self.starts[recording, level], width // size) for level, size in enumerate(LEVELS)]
-        types = torch.cat([self.types[size][where].flatten(1) for size, where in zip(LEVELS, places)], 1)
+        places = [
+            positions(size, self.starts[recording, level], width // size)
+            for level, size in enumerate(LEVELS)
+        ]
+        types = torch.cat(
+            [self.types[size][where].flatten(1) for size, where in zip(LEVELS, places)], 1
+        )
         types = torch.gather(self.maps[symmetry], 1, types.long().remainder(11))
         result = to_float(x, check=False), types, self.qindex[recording]
-        if self.regrets is None: return result
+        if self.regrets is None:
+            return result
         before = self.maps[symmetry, :10].argsort(1)  # the type that each became
-        regrets = torch.cat([self.regrets[size][where].flatten(1, 2) for size, where in zip(LEVELS, places)], 1)
-        return *result, torch.gather(regrets.float(), 2, before[:, None].expand(-1, regrets.shape[1], -1))
+        regrets = torch.cat(
+            [self.regrets[size][where].flatten(1, 2) for size, where in zip(LEVELS, places)], 1
+        )
+        return *result, torch.gather(
+            regrets.float(), 2, before[:, None].expand(-1, regrets.shape[1], -1)
+        )
 
 
 MOST_REGRET = 1.0  # larger regrets are stored as this: a type that doubles the cost is wrong enough
 
 
 def _regrets(picture, frame, qindex, shape):
-    "Nodes of a frame inside it whose costs are known, and the regret of each type; None without costs."
+    """Nodes of a frame inside it whose costs are known, and the regret of each type; None without
+    costs.
+    """
     known = (getattr(picture, "costs", None) or {}).get(qindex)
-    if known is None: return None
+    if known is None:
+        return None
     nodes, costs = known
     of_frame = ((nodes["frame"] == frame) & np.isfinite(costs).any(1)).to_numpy()
     beyond = of_frame & ~((nodes["row"] < shape[0]) & (nodes["col"] < shape[1])).to_numpy()
-    if beyond.any(): raise ValueError(f"the costs of {picture.name} at qindex {qindex} have a node at row {nodes['row'][beyond].iloc[0]}, column {nodes['col'][beyond].iloc[0]}, outside frame {frame} of {shape[1]}×{shape[0]} pixels.")
-    of_frame = of_frame & is_inside(nodes, shape[1], shape[0]) & nodes["size"].isin(LEVELS).to_numpy()
+    if beyond.any():
+        raise ValueError(
+            f"the costs of {picture.name} at qindex {qindex} have a node at row"
+            f" {nodes['row'][beyond].iloc[0]}, column {nodes['col'][beyond].iloc[0]}, outside frame"
+            f" {frame} of {shape[1]}×{shape[0]} pixels."
+        )
+    of_frame = (
+        of_frame & is_inside(nodes, shape[1], shape[0]) & nodes["size"].isin(LEVELS).to_numpy()
+    )
     costs = costs[of_frame].astype(np.float64)
     best = np.nanmin(costs, 1, keepdims=True)
     return nodes[of_frame], np.minimum((costs - best) / best, MOST_REGRET)
@@ -183,8 +289,15 @@ def _regrets(picture, frame, qindex, shape):
 def _steps(device):
     "bool [8,3]: transposed, rows reversed, columns reversed; read off the symmetries themselves."
     four = np.arange(4).reshape(2, 2)
-    seen = {str((four.T if t else four)[::-1 if r else 1, ::-1 if c else 1]): (t, r, c) for t in (False, True) for r in (False, True) for c in (False, True)}
-    return torch.tensor([seen[str(np.asarray(apply_symmetry(four, name)))] for name in SYMMETRIES], device=device)
+    seen = {
+        str((four.T if t else four)[:: -1 if r else 1, :: -1 if c else 1]): (t, r, c)
+        for t in (False, True)
+        for r in (False, True)
+        for c in (False, True)
+    }
+    return torch.tensor(
+        [seen[str(np.asarray(apply_symmetry(four, name)))] for name in SYMMETRIES], device=device
+    )
 
 
 def _maps(device):
@@ -193,7 +306,9 @@ def _maps(device):
 
 # %% ../nbs/14_frames.ipynb #d91c6a1d
 class CropBatches:
-    "Training batches `(x float32 [B,1,S,S], types int64 [B, cells], qindex int64 [B])` of random crops; `set_epoch` chooses which."
+    """Training batches `(x float32 [B,1,S,S], types int64 [B, cells], qindex int64 [B])` of random
+    crops; `set_epoch` chooses which.
+    """
 
     def __init__(
         self,
@@ -204,31 +319,66 @@ class CropBatches:
         rank: int = 0,  # number of this process among `world`
         world: int = 1,  # processes that share each batch; divides `batch_size`
     ):
-        if batch_size < 1 or batch_size % world: raise ValueError(f"batch_size is {batch_size}; it must be at least 1 and divisible by the {world} processes.")
-        self.frames, self.batch_size, self.seed, self.symmetries, self.rank, self.world, self.epoch = frames, batch_size, seed, symmetries, rank, world, 1
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(
+                f"batch_size is {batch_size}; it must be at least 1 and divisible by the {world}"
+                " processes."
+            )
+        (
+            self.frames,
+            self.batch_size,
+            self.seed,
+            self.symmetries,
+            self.rank,
+            self.world,
+            self.epoch,
+        ) = (frames, batch_size, seed, symmetries, rank, world, 1)
         self.share = frames.superblocks.double() / frames.superblocks.sum()
 
-    def set_epoch(self, epoch): self.epoch = epoch
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
-    def __len__(self): return math.ceil(int(self.frames.superblocks.sum()) / ((self.frames.side // 64) ** 2 * self.batch_size))
+    def __len__(self):
+        return math.ceil(
+            int(self.frames.superblocks.sum()) / ((self.frames.side // 64) ** 2 * self.batch_size)
+        )
 
-    def draw(self) -> list:  # recording, row, col, symmetry: int64 [batches of this epoch · batch_size] each
+    def draw(
+        self,
+        # recording, row, col, symmetry: int64 [batches of this epoch · batch_size] each
+    ) -> list:
         "What this epoch looks at."
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0] >> 1))
+        generator = torch.Generator().manual_seed(
+            int(
+                np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0] >> 1
+            )
+        )
         n, frames = len(self) * self.batch_size, self.frames
         recording = torch.multinomial(self.share, n, True, generator=generator)
-        row, col = (((size.cpu()[recording] - frames.side) // 64 + 1).mul(torch.rand(n, generator=generator, dtype=torch.float64)).long() * 64
-                    for size in (frames.height, frames.width))
-        symmetry = torch.randint(8, (n,), generator=generator) if self.symmetries else torch.zeros(n, dtype=torch.int64)
+        row, col = (
+            ((size.cpu()[recording] - frames.side) // 64 + 1)
+            .mul(torch.rand(n, generator=generator, dtype=torch.float64))
+            .long()
+            * 64
+            for size in (frames.height, frames.width)
+        )
+        symmetry = (
+            torch.randint(8, (n,), generator=generator)
+            if self.symmetries
+            else torch.zeros(n, dtype=torch.int64)
+        )
         return [recording, row, col, symmetry]
 
     def __iter__(self):
         drawn = [values.reshape(len(self), self.world, -1)[:, self.rank] for values in self.draw()]
-        for batch in zip(*drawn): yield self.frames.crop(*batch)
+        for batch in zip(*drawn):
+            yield self.frames.crop(*batch)
 
 
 class TileBatches:
-    "Validation batches like those of `CropBatches`: crops that cover every frame, each node in exactly one of them."
+    """Validation batches like those of `CropBatches`: crops that cover every frame, each node in
+    exactly one of them.
+    """
 
     def __init__(
         self,
@@ -238,29 +388,55 @@ class TileBatches:
         self.frames, self.batch_size = frames, batch_size
         places = []
         for number, r in enumerate(frames.recordings):
-            rows, cols = (list(range(0, n - frames.side, frames.side)) + [n - frames.side] for n in (r.padded_height, r.padded_width))
-            places += [(number, row, col, (row - frames.side * i) % frames.side and frames.side - (row - rows[i - 1]) if i else 0,
-                        frames.side - (col - cols[j - 1]) if j else 0) for i, row in enumerate(rows) for j, col in enumerate(cols)]
+            rows, cols = (
+                list(range(0, n - frames.side, frames.side)) + [n - frames.side]
+                for n in (r.padded_height, r.padded_width)
+            )
+            places += [
+                (
+                    number,
+                    row,
+                    col,
+                    (
+                        (row - frames.side * i) % frames.side and frames.side - (row - rows[i - 1])
+                        if i
+                        else 0
+                    ),
+                    frames.side - (col - cols[j - 1]) if j else 0,
+                )
+                for i, row in enumerate(rows)
+                for j, col in enumerate(cols)
+            ]
         table = torch.tensor(places)
-        self.places, self.skip = table[:, :3], torch.stack([table[:, 3], table[:, 4]], 1)  # skip: rows and columns that the crop before has covered
+        # skip: rows and columns that the crop before has covered
+        self.places, self.skip = table[:, :3], torch.stack([table[:, 3], table[:, 4]], 1)
 
-    def __len__(self): return math.ceil(len(self.places) / self.batch_size)
+    def __len__(self):
+        return math.ceil(len(self.places) / self.batch_size)
 
     def __iter__(self):
-        for places, skip in zip(self.places.split(self.batch_size), self.skip.split(self.batch_size)):
-            x, types, qindex, *regrets = self.frames.crop(*places.unbind(1), torch.zeros(len(places), dtype=torch.int64))
+        for places, skip in zip(
+            self.places.split(self.batch_size), self.skip.split(self.batch_size)
+        ):
+            x, types, qindex, *regrets = self.frames.crop(
+                *places.unbind(1), torch.zeros(len(places), dtype=torch.int64)
+            )
             for size, cells in cell_slices(self.frames.side, self.frames.side).items():
                 n = self.frames.side // size
-                old = (torch.arange(n)[None, :, None] * size < skip[:, :1, None]) | (torch.arange(n)[None, None] * size < skip[:, 1:, None])
+                old = (torch.arange(n)[None, :, None] * size < skip[:, :1, None]) | (
+                    torch.arange(n)[None, None] * size < skip[:, 1:, None]
+                )
                 old = old.flatten(1).to(types.device)
                 types[:, cells] = types[:, cells].masked_fill(old, -1)
-                for values in regrets: values[:, cells] = values[:, cells].masked_fill(old[..., None], torch.nan)
+                for values in regrets:
+                    values[:, cells] = values[:, cells].masked_fill(old[..., None], torch.nan)
             yield x, types, qindex, *regrets
 
 # %% ../nbs/14_frames.ipynb #b26b1224
 @dataclass(eq=False)
 class Filmed:
     "Pictures of raw data with the trees of all their recordings."
+
     name: str  # sequence
     luma: np.ndarray  # uint16 [frames, H, W]
     frames: tuple  # display index of each
@@ -269,22 +445,42 @@ class Filmed:
 
 def recorded_pictures(
     raw_root,  # folder of raw data, with logs
-) -> list[Filmed]:  # in the order of their names; several with one name where recordings have pictures of their own
-    "Whole frames of raw data. Raises `ValueError` where a frame has several quantisers, or two recordings have the same."
+    # in the order of their names; several with one name where recordings have pictures of their own
+) -> list[Filmed]:
+    """Whole frames of raw data.
+
+    Raises `ValueError` where a frame has several quantisers, or two recordings have the same.
+    """
     found = {}
     for recording in list_recordings(raw_root):
         luma = np.array(read_frames(raw_root, recording))
-        own = found.setdefault((recording.sequence, recording.pictures), Filmed(recording.sequence, luma, recording.frames, {}))
-        table = read_partition_logs(Path(raw_root) / "logs" / recording.name, width=recording.width, height=recording.height, frames=recording.frames)
+        own = found.setdefault(
+            (recording.sequence, recording.pictures),
+            Filmed(recording.sequence, luma, recording.frames, {}),
+        )
+        table = read_partition_logs(
+            Path(raw_root) / "logs" / recording.name,
+            width=recording.width,
+            height=recording.height,
+            frames=recording.frames,
+        )
         table = table[table["frame_type"] == 0] if "frame_type" in table else table
         quantisers = table.groupby("frame")["qindex"].agg(["min", "max"])
         if len(several := quantisers[quantisers["min"] != quantisers["max"]]):
-            raise ValueError(f"frame {several.index[0]} of {recording.name} has blocks with qindex {several['min'].iloc[0]} and {several['max'].iloc[0]}; "
-                             "the joint network is told one a frame: encode without delta-q, or leave the recording out.")
+            raise ValueError(
+                f"frame {several.index[0]} of {recording.name} has blocks with qindex"
+                f" {several['min'].iloc[0]} and {several['max'].iloc[0]}; the joint network is told"
+                " one a frame: encode without delta-q, or leave the recording out."
+            )
         for qindex, nodes in table.groupby("qindex"):
-            if qindex in own.nodes: raise ValueError(f"{recording.name} is a second recording of {recording.sequence} at qindex {qindex}; keep one of them.")
+            if qindex in own.nodes:
+                raise ValueError(
+                    f"{recording.name} is a second recording of {recording.sequence} at qindex"
+                    f" {qindex}; keep one of them."
+                )
             own.nodes[int(qindex)] = nodes
-    if not found: raise ValueError(f"{raw_root} holds no recordings; the stage 000_raw writes them.")
+    if not found:
+        raise ValueError(f"{raw_root} holds no recordings; the stage 000_raw writes them.")
     return list(found.values())
 
 # %% ../nbs/14_frames.ipynb #212ab199
@@ -292,24 +488,40 @@ def split_pictures(
     pictures: Iterable,  # pictures with a `name`
     assignment: Mapping[str, str],  # sequence → "train", "val" or "test", as in a block set
 ) -> dict:  # split → list of pictures
-    "Divide pictures as their sequences are divided. Raises `ValueError` if a picture has no place, or a sequence no picture."
+    """Divide pictures as their sequences are divided.
+
+    Raises `ValueError` if a picture has no place, or a sequence no picture.
+    """
     pictures = list(pictures)
     if differing := sorted({p.name for p in pictures} ^ set(assignment)):
-        raise ValueError(f"the pictures and the division into splits do not agree on {', '.join(differing[:5])}; build both from the same data.")
-    return {split: [p for p in pictures if assignment[p.name] == split] for split in ("train", "val", "test")}
+        raise ValueError(
+            f"the pictures and the division into splits do not agree on {', '.join(differing[:5])};"
+            " build both from the same data."
+        )
+    return {
+        split: [p for p in pictures if assignment[p.name] == split]
+        for split in ("train", "val", "test")
+    }
 
 
 def at_blocks(
-    maps: Mapping,  # (sequence, frame, qindex) → array [rows, columns, ...] of the frame, one place a node of `blocks.size`
+    # (sequence, frame, qindex) → array [rows, columns, ...] of the frame, one place a node of
+    # `blocks.size`
+    maps: Mapping,
     blocks: BlockSet,  # blocks of those frames
 ) -> np.ndarray:  # [N, ...] in the order of the blocks
-    "The values of whole-frame maps at the places of blocks. Raises `ValueError` for a block without a map."
+    """The values of whole-frame maps at the places of blocks.
+
+    Raises `ValueError` for a block without a map.
+    """
     table = blocks.table()
     result = None
     for key, where in table.groupby(["sequence", "frame", "qindex"], sort=False).indices.items():
-        if key not in maps: raise ValueError(f"there is no map for frame {key[1]} of {key[0]} at qindex {key[2]}")
+        if key not in maps:
+            raise ValueError(f"there is no map for frame {key[1]} of {key[0]} at qindex {key[2]}")
         rows = table.iloc[where]
         values = maps[key][rows["row"] // blocks.size, rows["col"] // blocks.size]
-        if result is None: result = np.empty((len(table), *values.shape[1:]), values.dtype)
+        if result is None:
+            result = np.empty((len(table), *values.shape[1:]), values.dtype)
         result[where] = values
     return result

@@ -35,19 +35,26 @@ def to_probabilities(
         return torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], dim=1)
     if logits.ndim == 2 and logits.shape[1] > 1:
         return logits.softmax(dim=1)
-    raise ValueError(f"logits are [batch] of a binary stage or [batch, classes], but these have the shape {list(logits.shape)}")
+    raise ValueError(
+        "logits are [batch] of a binary stage or [batch, classes], but these have the shape"
+        f" {list(logits.shape)}"
+    )
 
 # %% ../nbs/06_heads.ipynb #5256229b
 class MLPHead(nn.Module):
     "Linear layers with ReLU and dropout between: features [B, widths[0]] → logits [B, widths[-1]]."
 
-    def __init__(self,
+    def __init__(
+        self,
         widths,  # for example (512, 256, 128, 3): features, hidden layers, classes
-        dropout=.3,  # share of hidden units that are dropped in training, 0–1
+        dropout=0.3,  # share of hidden units that are dropped in training, 0–1
     ):
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
-            raise ValueError(f"widths are the features, any hidden layers and the classes, all positive, but got {tuple(widths)}")
+            raise ValueError(
+                "widths are the features, any hidden layers and the classes, all positive, but got"
+                f" {tuple(widths)}"
+            )
         layers = []
         for inputs, outputs in zip(widths[:-2], widths[1:-1]):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True), nn.Dropout(dropout)]
@@ -62,34 +69,47 @@ def fit_temperature(
     labels,  # their classes [N], integers ≥ 0
     bounds=(0.01, 100),  # range of the temperature
 ):
-    """`(temperature, NLL before, NLL after)`. Raises ValueError for empty, non-finite or one-class input. Guo, Pleiss, Sun, Weinberger
-    2017, On Calibration of Modern Neural Networks.
+    """`(temperature, NLL before, NLL after)`.
+
+    Raises ValueError for empty, non-finite or one-class input. Guo, Pleiss, Sun, Weinberger 2017,
+    On Calibration of Modern Neural Networks.
     """
     logits, labels = logits.detach().double().cpu(), torch.as_tensor(labels).cpu()
     classes = 2 if logits.ndim == 1 else logits.shape[1]
     if len(logits) != len(labels) or len(labels) == 0:
         raise ValueError(
-            f"the temperature needs one label a logit and at least one, but there are {len(logits)} logits and {len(labels)} labels"
+            f"the temperature needs one label a logit and at least one, but there are {len(logits)}"
+            f" logits and {len(labels)} labels"
         )
     if not torch.isfinite(logits).all():
         raise ValueError(
-            f"{int((~torch.isfinite(logits)).sum())} of the logits are not finite: the model that gave them is broken, no temperature"
-            " repairs it"
+            f"{int((~torch.isfinite(logits)).sum())} of the logits are not finite: the model that"
+            " gave them is broken, no temperature repairs it"
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
-            f"labels lie in {int(labels.min())}…{int(labels.max())}, expected 0…{classes - 1}: select the blocks of this stage first"
+            f"labels lie in {int(labels.min())}…{int(labels.max())}, expected 0…{classes - 1}:"
+            " select the blocks of this stage first"
         )
     if len(labels.unique()) < 2:
-        raise ValueError(f"all {len(labels)} validation blocks are of class {int(labels[0])}: a temperature needs at least two classes")
-    two_columns = torch.stack([torch.zeros_like(logits), logits], dim=1) if logits.ndim == 1 else logits
+        raise ValueError(
+            f"all {len(labels)} validation blocks are of class {int(labels[0])}: a temperature"
+            " needs at least two classes"
+        )
+    two_columns = (
+        torch.stack([torch.zeros_like(logits), logits], dim=1) if logits.ndim == 1 else logits
+    )
 
     def loss(log_temperature):
         return float(functional.cross_entropy(two_columns / np.exp(log_temperature), labels.long()))
 
     found = minimize_scalar(loss, bounds=np.log(bounds), method="bounded", options={"xatol": 1e-8})
     before = loss(0.0)
-    return (float(np.exp(found.x)), before, float(found.fun)) if found.fun < before else (1.0, before, before)
+    return (
+        (float(np.exp(found.x)), before, float(found.fun))
+        if found.fun < before
+        else (1.0, before, before)
+    )
 
 # %% ../nbs/06_heads.ipynb #39fb01cc
 class Stage1Head(MLPHead):
@@ -115,8 +135,10 @@ class Stage1Head(MLPHead):
         logits,  # uncalibrated validation logits [N]
         labels,  # their classes, 0 or 1
     ):
-        """Fit and keep the temperature. Returns a dict: `temperature`, `nll_before`, `nll_after`. Raises ValueError as `fit_temperature`
-        does.
+        """Fit and keep the temperature.
+
+        Returns a dict: `temperature`, `nll_before`, `nll_after`. Raises ValueError as
+        `fit_temperature` does.
         """
         temperature, before, after = fit_temperature(logits, labels)
         with torch.no_grad():
@@ -125,19 +147,28 @@ class Stage1Head(MLPHead):
 
 # %% ../nbs/06_heads.ipynb #7998cab8
 class FineGrainedHead(nn.Module):
-    "Cosine classifier on a projected, normalised embedding: features [B,512] → logits [B,C]. Wang, Xiang, Cheng, Yuille 2017, NormFace."
+    """Cosine classifier on a projected, normalised embedding: features [B,512] → logits [B,C].
 
-    def __init__(self,
+    Wang, Xiang, Cheng, Yuille 2017, NormFace.
+    """
+
+    def __init__(
+        self,
         features,  # length of the feature vector
         classes,  # number of classes
         projection=128,  # length of the embedding
-        scale=16.,  # factor of the cosines at the start, positive; it is learned
-        dropout=.3,  # 0–1
+        scale=16.0,  # factor of the cosines at the start, positive; it is learned
+        dropout=0.3,  # 0–1
     ):
         super().__init__()
         if scale <= 0:
             raise ValueError(f"the scale of the cosine classifier is {scale}, it must be positive")
-        self.projection = nn.Sequential(nn.Linear(features, 256), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(256, projection))
+        self.projection = nn.Sequential(
+            nn.Linear(features, 256),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(256, projection),
+        )
         self.weight = nn.Parameter(torch.randn(classes, projection))
         self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
 
@@ -147,7 +178,9 @@ class FineGrainedHead(nn.Module):
 
     def classify(self, embedding):
         "embedding [B,projection] → logits [B,C], each in [−scale, scale]."
-        return self.log_scale.exp() * functional.linear(functional.normalize(embedding, dim=1), functional.normalize(self.weight, dim=1))
+        return self.log_scale.exp() * functional.linear(
+            functional.normalize(embedding, dim=1), functional.normalize(self.weight, dim=1)
+        )
 
     def forward(self, features):
         return self.classify(self.embed(features))
@@ -156,13 +189,16 @@ class FineGrainedHead(nn.Module):
 class LightHead(nn.Module):
     "The v5 head: features [B,F] → logits [B,n], or [B] for a binary stage."
 
-    def __init__(self,
+    def __init__(
+        self,
         features,  # length of the feature vector
         outputs,  # number of logits; 1 gives a tensor [B]
-        dropout=.3,  # 0–1
+        dropout=0.3,  # 0–1
     ):
         super().__init__()
-        self.fc = nn.Sequential(nn.Linear(features, 64), nn.SiLU(), nn.Dropout(dropout), nn.Linear(64, outputs))
+        self.fc = nn.Sequential(
+            nn.Linear(features, 64), nn.SiLU(), nn.Dropout(dropout), nn.Linear(64, outputs)
+        )
 
     def forward(self, features):
         logits = self.fc(features)
@@ -170,7 +206,10 @@ class LightHead(nn.Module):
 
 # %% ../nbs/06_heads.ipynb #ddf56bcd
 class StageModel(nn.Module):
-    "Backbone and head of one stage. `forward`: blocks [B,1,H,W] in [0,1] → uncalibrated logits, [B] for a binary stage, else [B,C]."
+    """Backbone and head of one stage.
+
+    `forward`: blocks [B,1,H,W] in [0,1] → uncalibrated logits, [B] for a binary stage, else [B,C].
+    """
 
     def __init__(
         self,
@@ -183,7 +222,12 @@ class StageModel(nn.Module):
     ):
         super().__init__()
         self.backbone, self.head = backbone, head
-        self.stage, self.hierarchy, self.class_names, self.head_kind = stage, hierarchy, list(class_names), head_kind
+        self.stage, self.hierarchy, self.class_names, self.head_kind = (
+            stage,
+            hierarchy,
+            list(class_names),
+            head_kind,
+        )
 
     @property
     def architecture(self):
@@ -238,7 +282,10 @@ def find_hierarchy(
     if isinstance(hierarchy, Hierarchy):
         return hierarchy
     if hierarchy not in HIERARCHIES:
-        raise ValueError(f"there is no hierarchy {hierarchy!r}: choose one of {', '.join(HIERARCHIES)}, or pass a Hierarchy")
+        raise ValueError(
+            f"there is no hierarchy {hierarchy!r}: choose one of {', '.join(HIERARCHIES)}, or pass"
+            " a Hierarchy"
+        )
     return HIERARCHIES[hierarchy]
 
 
@@ -259,11 +306,15 @@ def build_model(
     pretrained=None,  # v6 only: None, "imagenet" or the path of a ResNet-18 state dict
     qindex=False,  # whether the model sees the qindex of every block
     centre=False,  # whether the mean of each block is subtracted first
-    dropout=None,  # dropout of the head, 0–1; None: 0.3, and 0.2 for the light head of a binary stage
+    # dropout of the head, 0–1; None: 0.3, and 0.2 for the light head of a binary stage
+    dropout=None,
     projection=128,  # fine-grained head: length of the embedding
-    scale=16.,  # fine-grained head: scale of the cosines at the start
+    scale=16.0,  # fine-grained head: scale of the cosines at the start
 ):
-    "The model of one stage. Raises ValueError for an unknown hierarchy, stage, architecture or head."
+    """The model of one stage.
+
+    Raises ValueError for an unknown hierarchy, stage, architecture or head.
+    """
     hierarchy = find_hierarchy(hierarchy)
     names, binary = list(hierarchy.class_names(stage)), is_binary(hierarchy, stage)
     if architecture not in ("v6", "v5"):
@@ -271,15 +322,24 @@ def build_model(
     if head not in HEADS:
         raise ValueError(f"there is no head {head!r}: choose one of {', '.join(HEADS)}")
     if architecture == "v5" and pretrained is not None:
-        raise ValueError("pretrained weights are those of a ResNet-18; the v5 backbone has none: use pretrained=None")
+        raise ValueError(
+            "pretrained weights are those of a ResNet-18; the v5 backbone has none: use"
+            " pretrained=None"
+        )
     if head == "fine_grained" and binary:
-        raise ValueError(f"stage {stage!r} is binary, the fine-grained head compares classes: use head='mlp'")
+        raise ValueError(
+            f"stage {stage!r} is binary, the fine-grained head compares classes: use head='mlp'"
+        )
     if head == "auto":
         head = "light" if architecture == "v5" else "fine_grained" if stage == "AB" else "mlp"
-    backbone = ResNet18Blocks(pretrained, qindex, centre) if architecture == "v6" else LightBackbone(qindex, centre)
+    backbone = (
+        ResNet18Blocks(pretrained, qindex, centre)
+        if architecture == "v6"
+        else LightBackbone(qindex, centre)
+    )
     features, outputs = backbone.feature_dim, 1 if binary else len(names)
     if dropout is None:
-        dropout = .2 if head == "light" and binary else .3
+        dropout = 0.2 if head == "light" and binary else 0.3
     if head == "light":
         network = LightHead(features, outputs, dropout)
     elif head == "fine_grained":
@@ -287,7 +347,9 @@ def build_model(
     elif binary:
         network = Stage1Head(features, dropout)
     else:
-        network = MLPHead((features, *((128, 64) if outputs == 2 else (256, 128)), outputs), dropout)
+        network = MLPHead(
+            (features, *((128, 64) if outputs == 2 else (256, 128)), outputs), dropout
+        )
     return StageModel(backbone, network, stage, hierarchy.name, names, head)
 
 # %% ../nbs/06_heads.ipynb #370a6271
@@ -295,8 +357,10 @@ class Votes(NamedTuple):
     "What an ensemble says of N blocks."
 
     classes: torch.Tensor  # int64 [N]
-    probabilities: torch.Tensor  # [N,C], (weighted) mean of the members; under majority the winner need not be the largest
-    agreement: torch.Tensor  # [N] in (0,1]: (weighted) share of the members whose most probable class is the winner
+    # [N,C], (weighted) mean of the members; under majority the winner need not be the largest
+    probabilities: torch.Tensor
+    # [N] in (0,1]: (weighted) share of the members whose most probable class is the winner
+    agreement: torch.Tensor
 
 
 def combine_votes(
@@ -304,28 +368,50 @@ def combine_votes(
     vote="majority",  # "majority", "soft" or "weighted"
     weights=None,  # M numbers ≥ 0, not all 0, for "weighted" only
 ):
-    """`Votes` of all blocks at once. Raises ValueError for an unknown vote and for weights that do not fit. Dietterich 2000, Ensemble
+    """`Votes` of all blocks at once.
+
+    Raises ValueError for an unknown vote and for weights that do not fit. Dietterich 2000, Ensemble
     Methods in Machine Learning.
     """
     members, _, classes = probabilities.shape
     if vote not in ("majority", "soft", "weighted"):
         raise ValueError(f"there is no vote {vote!r}: choose majority, soft or weighted")
     if (vote == "weighted") != (weights is not None):
-        raise ValueError(f"weights belong to vote='weighted' and only to it, but vote is {vote!r} and weights are {weights}")
-    weight = torch.ones(members) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-    if weight.shape != (members,) or not torch.isfinite(weight).all() or (weight < 0).any() or weight.sum() == 0:
-        raise ValueError(f"{members} members need {members} finite weights ≥ 0 that are not all 0, but got {weights}")
+        raise ValueError(
+            f"weights belong to vote='weighted' and only to it, but vote is {vote!r} and weights"
+            f" are {weights}"
+        )
+    weight = (
+        torch.ones(members) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+    )
+    if (
+        weight.shape != (members,)
+        or not torch.isfinite(weight).all()
+        or (weight < 0).any()
+        or weight.sum() == 0
+    ):
+        raise ValueError(
+            f"{members} members need {members} finite weights ≥ 0 that are not all 0, but got"
+            f" {weights}"
+        )
     weight = (weight / weight.sum()).to(probabilities.device, torch.float64)[:, None, None]
     mean = (weight * probabilities).sum(0)
     share = (weight * functional.one_hot(probabilities.argmax(2), classes)).sum(0)  # [N,C]
     # members times 1e-9 is far above the rounding of a sum of shares and far below a vote
     leading = share >= share.amax(1, keepdim=True) - 1e-9
     winner = mean.argmax(1) if vote == "soft" else torch.where(leading, mean, -1.0).argmax(1)
-    return Votes(winner, mean.to(probabilities.dtype), share.gather(1, winner[:, None])[:, 0].to(probabilities.dtype))
+    return Votes(
+        winner,
+        mean.to(probabilities.dtype),
+        share.gather(1, winner[:, None])[:, 0].to(probabilities.dtype),
+    )
 
 # %% ../nbs/06_heads.ipynb #1cbf0c69
 class Ensemble(nn.Module):
-    "Several models of the same stage and one vote. Raises ValueError for members of different stages and for weights that do not fit."
+    """Several models of the same stage and one vote.
+
+    Raises ValueError for members of different stages and for weights that do not fit.
+    """
 
     def __init__(
         self,
@@ -337,12 +423,22 @@ class Ensemble(nn.Module):
         models = list(models)
         kinds = {(m.hierarchy, m.stage, tuple(m.class_names), m.uses_qindex) for m in models}
         if len(models) < 2 or len(kinds) > 1:
-            found = ", ".join(f"{m.hierarchy}/{m.stage}" + (" with qindex" if m.uses_qindex else "") for m in models)
-            raise ValueError(f"an ensemble needs two or more models of one stage and the same inputs, but got: {found or 'none'}")
+            found = ", ".join(
+                f"{m.hierarchy}/{m.stage}" + (" with qindex" if m.uses_qindex else "")
+                for m in models
+            )
+            raise ValueError(
+                "an ensemble needs two or more models of one stage and the same inputs, but got:"
+                f" {found or 'none'}"
+            )
         combine_votes(
             torch.ones(len(models), 1, len(models[0].class_names)), vote, weights
         )  # refuse unfitting weights now, not after an hour
-        self.models, self.vote, self.weights = nn.ModuleList(models), vote, None if weights is None else [float(w) for w in weights]
+        self.models, self.vote, self.weights = (
+            nn.ModuleList(models),
+            vote,
+            None if weights is None else [float(w) for w in weights],
+        )
 
     @property
     def stage(self):
@@ -366,7 +462,11 @@ class Ensemble(nn.Module):
 
     def forward(self, x, qindex=None):
         "`Votes` on blocks [B,1,H,W] in [0,1]."
-        return combine_votes(torch.stack([model.probabilities(x, qindex) for model in self.models]), self.vote, self.weights)
+        return combine_votes(
+            torch.stack([model.probabilities(x, qindex) for model in self.models]),
+            self.vote,
+            self.weights,
+        )
 
     def probabilities(self, x, qindex=None):
         "(Weighted) mean of the members' probabilities [B,C]."
@@ -374,11 +474,18 @@ class Ensemble(nn.Module):
 
 # %% ../nbs/06_heads.ipynb #06776aba
 class CheckpointError(RuntimeError):
-    "A checkpoint that is not what was asked for. `missing`, `unexpected` and `mismatched` list the keys concerned."
+    """A checkpoint that is not what was asked for.
+
+    `missing`, `unexpected` and `mismatched` list the keys concerned.
+    """
 
     def __init__(self, message, missing=(), unexpected=(), mismatched=()):
         super().__init__(message)
-        self.missing, self.unexpected, self.mismatched = list(missing), list(unexpected), list(mismatched)
+        self.missing, self.unexpected, self.mismatched = (
+            list(missing),
+            list(unexpected),
+            list(mismatched),
+        )
 
 
 _scalar, _reconstruct = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
@@ -389,15 +496,20 @@ _NUMPY_VALUES = [
     (_reconstruct, "numpy.core.multiarray._reconstruct"),
     np.ndarray,
     np.dtype,
-    *{type(np.dtype(code)) for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")},
+    *{
+        type(np.dtype(code))
+        for code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
+    },
 ]
 
 
 def read_checkpoint(
     path,  # a file that `torch.save` wrote
 ):
-    """The dictionary as it was saved, on the CPU. Raises FileNotFoundError, or CheckpointError for a file that is damaged, unsafe or no
-    checkpoint of this line of code.
+    """The dictionary as it was saved, on the CPU.
+
+    Raises FileNotFoundError, or CheckpointError for a file that is damaged, unsafe or no checkpoint
+    of this line of code.
     """
     path = Path(path)
     if not path.is_file():
@@ -405,23 +517,36 @@ def read_checkpoint(
     try:
         with safe_globals(_NUMPY_VALUES):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports a damaged file through half a dozen unrelated exception types
+    # torch reports a damaged file through half a dozen unrelated exception types
+    except Exception as error:
         unsafe = re.search(r"Unsupported (?:global|class)[^\n]*", str(error))
         if unsafe:
             raise CheckpointError(
-                f"{path} holds Python objects beside tensors and plain values and is not loaded, because they could run code"
-                f" ({unsafe.group()[:120]})"
+                f"{path} holds Python objects beside tensors and plain values and is not loaded,"
+                f" because they could run code ({unsafe.group()[:120]})"
             ) from error
         raise CheckpointError(
-            f"{path} is not a whole PyTorch checkpoint: it is truncated, damaged or of another format ({type(error).__name__})"
+            f"{path} is not a whole PyTorch checkpoint: it is truncated, damaged or of another"
+            f" format ({type(error).__name__})"
         ) from error
     state = (
-        next((content[key] for key in ("model_state_dict", "model_state") if key in content), None) if isinstance(content, dict) else None
+        next((content[key] for key in ("model_state_dict", "model_state") if key in content), None)
+        if isinstance(content, dict)
+        else None
     )
-    if not isinstance(state, dict) or not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        found = f"the keys {', '.join(map(repr, list(content)[:6]))}" if isinstance(content, dict) else f"a {type(content).__name__}"
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    ):
+        found = (
+            f"the keys {', '.join(map(repr, list(content)[:6]))}"
+            if isinstance(content, dict)
+            else f"a {type(content).__name__}"
+        )
         raise CheckpointError(
-            f"{path} is no checkpoint of a stage: it holds {found}, expected 'model_state_dict' (v6) or 'model_state' (v5) with tensors"
+            f"{path} is no checkpoint of a stage: it holds {found}, expected 'model_state_dict'"
+            " (v6) or 'model_state' (v5) with tensors"
         )
     return content
 
@@ -438,9 +563,10 @@ class StateKind(NamedTuple):
     joint: tuple  # names of the heads in a v5 file of all stages, else empty
 
     def __str__(self):
-        backbone = {"v6": "a v6 checkpoint (ResNet-18 backbone", "v5": "a v5 checkpoint (light backbone"}.get(
-            self.architecture, "no v5 or v6 checkpoint (unknown backbone"
-        )
+        backbone = {
+            "v6": "a v6 checkpoint (ResNet-18 backbone",
+            "v5": "a v5 checkpoint (light backbone",
+        }.get(self.architecture, "no v5 or v6 checkpoint (unknown backbone")
         if self.joint:
             return f"{backbone}, heads of {', '.join(self.joint)})"
         likely = {
@@ -465,18 +591,39 @@ def identify_state(
     state,  # state dict of a checkpoint
 ):
     "`StateKind` of a state dict."
-    architecture = "v6" if "backbone.conv1.weight" in state else "v5" if "backbone.stem.conv.weight" in state else None
-    joint = tuple(dict.fromkeys(match[1] or match[2] for match in map(_JOINT_HEAD.match, state) if match))
-    kinds = {"mlp": r"head\.head\.(\d+)\.weight", "light": r"head\.fc\.(\d+)\.weight", "fine_grained": r"head\.projection\.(\d+)\.weight"}
+    architecture = (
+        "v6"
+        if "backbone.conv1.weight" in state
+        else "v5" if "backbone.stem.conv.weight" in state else None
+    )
+    joint = tuple(
+        dict.fromkeys(match[1] or match[2] for match in map(_JOINT_HEAD.match, state) if match)
+    )
+    kinds = {
+        "mlp": r"head\.head\.(\d+)\.weight",
+        "light": r"head\.fc\.(\d+)\.weight",
+        "fine_grained": r"head\.projection\.(\d+)\.weight",
+    }
     head, outputs, projection = None, None, None
     for kind, pattern in kinds.items():
-        layers = sorted((int(match[1]), key) for key in state if (match := re.fullmatch(pattern, key)))
+        layers = sorted(
+            (int(match[1]), key) for key in state if (match := re.fullmatch(pattern, key))
+        )
         if layers:
             head, outputs = kind, state[layers[-1][1]].shape[0]
     if head == "fine_grained":
-        projection, outputs = outputs, state["head.weight"].shape[0] if "head.weight" in state else None
-    return StateKind(architecture, head, outputs, any(key.startswith("backbone.qindex_embedding.") for key in state),
-                     "backbone.centred" in state, projection, joint)
+        projection, outputs = outputs, (
+            state["head.weight"].shape[0] if "head.weight" in state else None
+        )
+    return StateKind(
+        architecture,
+        head,
+        outputs,
+        any(key.startswith("backbone.qindex_embedding.") for key in state),
+        "backbone.centred" in state,
+        projection,
+        joint,
+    )
 
 # %% ../nbs/06_heads.ipynb #bbfa74ca
 def summarise_keys(
@@ -488,7 +635,10 @@ def summarise_keys(
     if len(keys) <= most:
         return f"{len(keys)} ({', '.join(keys)})" if keys else "0"
     groups = Counter(".".join(key.split(".")[:2]) for key in keys)
-    return f"{len(keys)} ({', '.join(f'{group}.* {count}' if count > 1 else group for group, count in groups.items())})"
+    return (
+        f"{len(keys)}"
+        f" ({', '.join(f'{group}.* {count}' if count > 1 else group for group, count in groups.items())})"
+    )
 
 
 def require_same_keys(
@@ -496,14 +646,21 @@ def require_same_keys(
     own,  # state dict of the module it is for
     what,  # beginning of the error, names the file
 ):
-    "Raise CheckpointError that lists every missing, unexpected and misshapen key, unless both have the same names and shapes."
-    missing, unexpected = [key for key in own if key not in state], [key for key in state if key not in own]
+    """Raise CheckpointError that lists every missing, unexpected and misshapen key, unless both
+    have the same names and shapes.
+    """
+    missing, unexpected = [key for key in own if key not in state], [
+        key for key in state if key not in own
+    ]
     mismatched = [key for key in own if key in state and own[key].shape != state[key].shape]
     if missing or unexpected or mismatched:
-        shapes = [f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}" for key in mismatched]
+        shapes = [
+            f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+            for key in mismatched
+        ]
         raise CheckpointError(
-            f"{what}. Keys missing: {summarise_keys(missing)}; unexpected: {summarise_keys(unexpected)}; of another shape:"
-            f" {summarise_keys(shapes)}",
+            f"{what}. Keys missing: {summarise_keys(missing)}; unexpected:"
+            f" {summarise_keys(unexpected)}; of another shape: {summarise_keys(shapes)}",
             missing,
             unexpected,
             mismatched,
@@ -514,16 +671,24 @@ def stage_state(
     state,  # state dict of a checkpoint
     stage,  # name of a stage
 ):
-    """The part of a joint v5 state that belongs to one stage, under the names of a `StageModel`; any other state as it is. Raises
-    CheckpointError if that head is absent.
+    """The part of a joint v5 state that belongs to one stage, under the names of a `StageModel`;
+    any other state as it is.
+
+    Raises CheckpointError if that head is absent.
     """
     heads = identify_state(state).joint
     if not heads:
         return state
     if stage not in heads:
         raise CheckpointError(f"it has no head for stage {stage!r}, only for {', '.join(heads)}")
-    prefix = f"{stage}_head." if f"{stage}_head.fc.0.weight" in state else f"specialist_heads.{stage}."
-    own = {f"head.{key.removeprefix(prefix)}": tensor for key, tensor in state.items() if key.startswith(prefix)}
+    prefix = (
+        f"{stage}_head." if f"{stage}_head.fc.0.weight" in state else f"specialist_heads.{stage}."
+    )
+    own = {
+        f"head.{key.removeprefix(prefix)}": tensor
+        for key, tensor in state.items()
+        if key.startswith(prefix)
+    }
     rest = {key: tensor for key, tensor in state.items() if not _JOINT_HEAD.match(key)}
     return {**rest, **own}
 
@@ -541,8 +706,8 @@ def require_split(
             else "does not say on which split it was trained"
         )
         raise CheckpointError(
-            f"{path} {found}, but the data has the split {split_hash}: its training blocks may be test blocks here; train it again on this"
-            " data"
+            f"{path} {found}, but the data has the split {split_hash}: its training blocks may be"
+            " test blocks here; train it again on this data"
         )
 
 # %% ../nbs/06_heads.ipynb #49c59d0a
@@ -551,15 +716,24 @@ def load_weights(
     path,  # checkpoint file
     split_hash=None,  # hash of the split that the checkpoint must have been trained on; None: any
 ):
-    """Load a checkpoint into the model of the same stage and return its content without the weights. Raises FileNotFoundError, or
-    CheckpointError for anything else than a checkpoint of exactly this stage, hierarchy, architecture, head and split; the model is
-    then as it was.
+    """Load a checkpoint into the model of the same stage and return its content without the
+    weights.
+
+    Raises FileNotFoundError, or CheckpointError for anything else than a checkpoint of exactly this
+    stage, hierarchy, architecture, head and split; the model is then as it was.
     """
     content = read_checkpoint(path)
     state = content.pop("model_state_dict", None) or content.pop("model_state")
     kind, mine = identify_state(state), model.identity()
-    wanted = f"expected {identify_state(model.state_dict())} for stage {model.stage!r} of hierarchy {model.hierarchy!r}"
-    recorded = f"stage {content['stage']!r} of hierarchy {content.get('hierarchy')!r}, " if "stage" in content else ""
+    wanted = (
+        f"expected {identify_state(model.state_dict())} for stage {model.stage!r} of hierarchy"
+        f" {model.hierarchy!r}"
+    )
+    recorded = (
+        f"stage {content['stage']!r} of hierarchy {content.get('hierarchy')!r}, "
+        if "stage" in content
+        else ""
+    )
     what = f"{path} is {recorded}{kind}; {wanted}"
     wrong = [
         f"{key} is {content[key]!r} instead of {mine[key]!r}"
@@ -567,7 +741,9 @@ def load_weights(
         if key in content and content[key] != mine[key]
     ]
     if "class_names" in content and list(content["class_names"]) != model.class_names:
-        wrong.append(f"class_names is {list(content['class_names'])} instead of {model.class_names}")
+        wrong.append(
+            f"class_names is {list(content['class_names'])} instead of {model.class_names}"
+        )
     try:
         state = stage_state(state, model.stage)
     except CheckpointError as error:
@@ -585,18 +761,29 @@ def load_backbone(
     path,  # checkpoint of another stage with the same architecture
     split_hash=None,  # hash of the split that the checkpoint must have been trained on; None: any
 ):
-    """Load the backbone of a checkpoint, strictly, and leave the head alone; returns the content without the weights. Raises as
-    `load_weights` does.
+    """Load the backbone of a checkpoint, strictly, and leave the head alone; returns the content
+    without the weights.
+
+    Raises as `load_weights` does.
     """
     content = read_checkpoint(path)
     state = content.pop("model_state_dict", None) or content.pop("model_state")
     kind = identify_state(state)
     if kind.architecture != model.architecture:
-        raise CheckpointError(f"{path} is {kind}; expected a backbone of architecture {model.architecture!r}")
+        raise CheckpointError(
+            f"{path} is {kind}; expected a backbone of architecture {model.architecture!r}"
+        )
     if content.get("normalisation", "uint16/1023") != "uint16/1023":
-        raise CheckpointError(f"{path} was trained on samples normalised as {content['normalisation']!r}, these are 'uint16/1023'")
+        raise CheckpointError(
+            f"{path} was trained on samples normalised as {content['normalisation']!r}, these are"
+            " 'uint16/1023'"
+        )
     require_split(content, split_hash, path)
-    state = {key.removeprefix("backbone."): tensor for key, tensor in state.items() if key.startswith("backbone.")}
+    state = {
+        key.removeprefix("backbone."): tensor
+        for key, tensor in state.items()
+        if key.startswith("backbone.")
+    }
     require_same_keys(state, model.backbone.state_dict(), f"the backbone of {path} does not fit")
     model.backbone.load_state_dict(state, strict=True)
     return content
@@ -606,7 +793,9 @@ def checkpoint_prefix(
     hierarchy,  # a `Hierarchy`, or the name of one
     stage,  # name of one of its stages
 ):
-    "Beginning of the file names of a stage, for example `stage1` or `stage3_AB`; members of an ensemble add `_1`, `_2`, …"
+    """Beginning of the file names of a stage, for example `stage1` or `stage3_AB`; members of an
+    ensemble add `_1`, `_2`, …
+    """
     hierarchy = find_hierarchy(hierarchy)
     depth, parent = 1, hierarchy.stage(stage).parent
     while parent is not None:
@@ -614,7 +803,8 @@ def checkpoint_prefix(
     return stage if depth < 3 else f"stage{depth}_{stage}"
 
 # %% ../nbs/06_heads.ipynb #65e3d8de
-ARCHITECTURES = {"v6": "v6", "v5": "v5", "flat": "v6", "flat7": "v6"}  # hierarchy → the backbone of a file that does not say for which hierarchy it was trained
+# hierarchy → the backbone of a file that does not say for which hierarchy it was trained
+ARCHITECTURES = {"v6": "v6", "v5": "v5", "flat": "v6", "flat7": "v6"}
 
 
 def model_from_checkpoint(
@@ -623,47 +813,75 @@ def model_from_checkpoint(
     stage,  # name of the stage it is for
     split_hash=None,  # as in `load_weights`
 ):
-    """`(StageModel in eval mode, content without the weights)`: head, width and qindex input are read off the file, and so is the architecture
-    where the file says that it belongs to this hierarchy or the hierarchy is none of `ARCHITECTURES`. Raises as `load_weights` does.
+    """`(StageModel in eval mode, content without the weights)`: head, width and qindex input are
+    read off the file, and so is the architecture where the file says that it belongs to this
+    hierarchy or the hierarchy is none of `ARCHITECTURES`.
+
+    Raises as `load_weights` does.
     """
     content, hierarchy = read_checkpoint(path), find_hierarchy(hierarchy)
     kind = identify_state(content.get("model_state_dict") or content["model_state"])
     if kind.architecture is None or not (kind.head or kind.joint):
         raise CheckpointError(f"{path} is {kind}; expected the model of stage {stage!r}")
-    head, options = "light" if kind.joint else kind.head, {"projection": kind.projection} if kind.projection else {}
-    architecture = kind.architecture if content.get("hierarchy") == hierarchy.name else ARCHITECTURES.get(hierarchy.name, kind.architecture)
+    head, options = "light" if kind.joint else kind.head, (
+        {"projection": kind.projection} if kind.projection else {}
+    )
+    architecture = (
+        kind.architecture
+        if content.get("hierarchy") == hierarchy.name
+        else ARCHITECTURES.get(hierarchy.name, kind.architecture)
+    )
     if architecture != kind.architecture:
-        head, options = "auto", {}  # the stage's own network, which load_weights then says was expected
+        # the stage's own network, which load_weights then says was expected
+        head, options = "auto", {}
     if head == "fine_grained" and is_binary(hierarchy, stage):
         raise CheckpointError(f"{path} is {kind}; expected the model of the binary stage {stage!r}")
-    model = build_model(hierarchy, stage, architecture, head, qindex=kind.qindex, centre=kind.centre, **options)
+    model = build_model(
+        hierarchy, stage, architecture, head, qindex=kind.qindex, centre=kind.centre, **options
+    )
     return model.eval(), load_weights(model, path, split_hash)
 
 # %% ../nbs/06_heads.ipynb #f699eea4
-_QUESTIONS = (1, 4, 2, 4, 2)  # logits: partition or not; SPLIT, RECT, AB or 1TO4; which RECT; which AB; which 1TO4
+# logits: partition or not; SPLIT, RECT, AB or 1TO4; which RECT; which AB; which 1TO4
+_QUESTIONS = (1, 4, 2, 4, 2)
 
 
 def type_log_probabilities(
     logits,  # float [..., 13] of a hierarchical head, or [..., 10] of a flat one
-    legal=None,  # bool [..., 10], broadcast to the logits; None: everything is legal. At least one type must be
-    dim=-1,  # where the logits and the types stand; whole frames are fastest as planes [13, cells] with `dim=0`
+    # bool [..., 10], broadcast to the logits; None: everything is legal. At least one type must be
+    legal=None,
+    # where the logits and the types stand; whole frames are fastest as planes [13, cells] with
+    # `dim=0`
+    dim=-1,
 ):
-    "Log-probabilities of the ten types, float32 [..., 10]; −inf where illegal. Raises ValueError for another number of logits."
+    """Log-probabilities of the ten types, float32 [..., 10]; −inf where illegal.
+
+    Raises ValueError for another number of logits.
+    """
     logits, count = logits.float(), logits.shape[dim]
     if count == 13:
         part, *which = logits.split(_QUESTIONS, dim)
         group, rect, ab, strips = (question.log_softmax(dim) for question in which)
         split, in_rect, in_ab, in_strips = (functional.logsigmoid(part) + group).split(1, dim)
-        result = torch.cat([functional.logsigmoid(-part), in_rect + rect, split, in_ab + ab, in_strips + strips], dim)  # in the order of the bitstream's numbers
-    elif count == 10: result = logits.log_softmax(dim)
-    else: raise ValueError(f"a node has 13 logits (hierarchical) or 10 (flat), not {count}")
-    if legal is None: return result
+        # in the order of the bitstream's numbers
+        result = torch.cat(
+            [functional.logsigmoid(-part), in_rect + rect, split, in_ab + ab, in_strips + strips],
+            dim,
+        )
+    elif count == 10:
+        result = logits.log_softmax(dim)
+    else:
+        raise ValueError(f"a node has 13 logits (hierarchical) or 10 (flat), not {count}")
+    if legal is None:
+        return result
     result = result.masked_fill(~legal, -torch.inf)
     return result - result.logsumexp(dim, keepdim=True)
 
 
 class JointHead(nn.Module):
-    "Features of every level {size: [B,C,h,w]} → logits of every node [B, cells, 13 or 10], levels one after the other as in `partitions.cell_slices`."
+    """Features of every level {size: [B,C,h,w]} → logits of every node [B, cells, 13 or 10], levels
+    one after the other as in `partitions.cell_slices`.
+    """
 
     def __init__(
         self,
@@ -673,14 +891,22 @@ class JointHead(nn.Module):
     ):
         super().__init__()
         self.flat = flat
-        self.levels = nn.ModuleDict({str(size): nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(n, 10 if flat else 13, 1)) for size, n in channels.items()})
+        self.levels = nn.ModuleDict({
+            str(size): nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(n, 10 if flat else 13, 1))
+            for size, n in channels.items()
+        })
 
     def forward(self, features):
-        return torch.cat([self.levels[str(size)](features[size]).flatten(2).transpose(1, 2) for size in LEVELS], 1)
+        return torch.cat(
+            [self.levels[str(size)](features[size]).flatten(2).transpose(1, 2) for size in LEVELS],
+            1,
+        )
 
 
 class JointModel(nn.Module):
-    "All levels of the partition tree of whole frames: luma [B,1,H,W] in [0,1] (multiples of 64) and qindex [B] → logits [B, cells, 13]."
+    """All levels of the partition tree of whole frames: luma [B,1,H,W] in [0,1] (multiples of 64)
+    and qindex [B] → logits [B, cells, 13].
+    """
 
     stage, hierarchy, class_names = "tree", "joint", [t.name for t in PartitionType]
 
@@ -698,8 +924,15 @@ class JointModel(nn.Module):
 
     def identity(self):
         "What this model is, in plain values: belongs into every checkpoint of it."
-        return dict(stage=self.stage, hierarchy=self.hierarchy, architecture="joint", head="flat" if self.head.flat else "hierarchical",
-                    class_names=self.class_names, normalisation="uint16/1023", settings=self.backbone.settings())
+        return dict(
+            stage=self.stage,
+            hierarchy=self.hierarchy,
+            architecture="joint",
+            head="flat" if self.head.flat else "hierarchical",
+            class_names=self.class_names,
+            normalisation="uint16/1023",
+            settings=self.backbone.settings(),
+        )
 
     @classmethod
     def load(
@@ -707,15 +940,31 @@ class JointModel(nn.Module):
         path,  # checkpoint file of a `JointModel`
         split_hash=None,  # hash of the split that it must have been trained on; None: any
     ):
-        "`(JointModel in eval mode, content without the weights)`. Raises FileNotFoundError, or CheckpointError for anything else than such a file."
+        """`(JointModel in eval mode, content without the weights)`.
+
+        Raises FileNotFoundError, or CheckpointError for anything else than such a file.
+        """
         content = read_checkpoint(path)
         state = content.pop("model_state_dict", None) or content.pop("model_state")
         settings = content.get("settings") or content.get("provenance", {}).get("settings")
         if content.get("architecture") != "joint" or settings is None:
-            raise CheckpointError(f"{path} is {identify_state(state)}; expected the weights of the joint network. Its cascades are read by Pipeline.from_run")
+            raise CheckpointError(
+                f"{path} is {identify_state(state)}; expected the weights of the joint network. Its"
+                " cascades are read by Pipeline.from_run"
+            )
         require_split(content, split_hash, path)
-        try: model = cls(flat=content["head"] == "flat", **settings)
-        except TypeError as error: raise CheckpointError(f"{path} was written by another version of the joint network ({error}); train it again") from error
-        require_same_keys(state, model.state_dict(), f"{path} was written by another version of the joint network")
-        model.load_state_dict({name: value.to(model.state_dict()[name].dtype) for name, value in state.items()}, strict=True)
+        try:
+            model = cls(flat=content["head"] == "flat", **settings)
+        except TypeError as error:
+            raise CheckpointError(
+                f"{path} was written by another version of the joint network ({error}); train it"
+                " again"
+            ) from error
+        require_same_keys(
+            state, model.state_dict(), f"{path} was written by another version of the joint network"
+        )
+        model.load_state_dict(
+            {name: value.to(model.state_dict()[name].dtype) for name, value in state.items()},
+            strict=True,
+        )
         return model.eval(), content

@@ -21,7 +21,17 @@ import pandas as pd
 import torch
 
 from .datasets import BlockSet, read_block_sets
-from .frames import CropBatches, FrameSet, TileBatches, at_blocks, check_frame, numbered, pad_frame, recorded_pictures, split_pictures
+from av1nb.frames import (
+    CropBatches,
+    FrameSet,
+    TileBatches,
+    at_blocks,
+    check_frame,
+    numbered,
+    pad_frame,
+    recorded_pictures,
+    split_pictures,
+)
 from .heads import JointModel, type_log_probabilities
 from .losses import TreeLikelihood
 from .metrics import confusion_statistic
@@ -35,9 +45,24 @@ def joint_config(
     device="auto",  # "auto", "cpu", "cuda" or "cuda:<n>"
     **changes,  # settings of `TrainConfig` that differ
 ) -> TrainConfig:
-    "Settings for the joint network. Source of the schedule: Smith and Topin (2019), Super-convergence."
-    settings = dict(epochs=30, batch_size=16, average=0.99, lr_head=2e-3, lr_backbone=2e-3, weight_decay=0.02, schedule="onecycle", patience=0, monitor="nll", mode="min",
-                    amp=has_bf16(pick_device(device)), device=str(pick_device(device)))
+    """Settings for the joint network.
+
+    Source of the schedule: Smith and Topin (2019), Super-convergence.
+    """
+    settings = dict(
+        epochs=30,
+        batch_size=16,
+        average=0.99,
+        lr_head=2e-3,
+        lr_backbone=2e-3,
+        weight_decay=0.02,
+        schedule="onecycle",
+        patience=0,
+        monitor="nll",
+        mode="min",
+        amp=has_bf16(pick_device(device)),
+        device=str(pick_device(device)),
+    )
     return TrainConfig(**{**settings, **changes})
 
 
@@ -46,16 +71,26 @@ def tree_scores(
     labels,  # int64 [N, cells], −1 for no node
     side,  # of the crops in pixels
 ) -> dict:
-    "Negative log-likelihood, accuracy and macro-F1 of the ten types at each level (`nll_16`, `accuracy_16`, `macro_f1_16`, …), and `nll`, their sum over the levels."
+    """Negative log-likelihood, accuracy and macro-F1 of the ten types at each level (`nll_16`,
+    `accuracy_16`, `macro_f1_16`, …), and `nll`, their sum over the levels.
+    """
     result = {"nll": 0.0}
     for size, cells in cell_slices(side, side).items():
         here = labels[:, cells] >= 0
-        if not here.any(): continue
-        true, legal = labels[:, cells][here], torch.tensor([t in legal_types(size) for t in PartitionType])
+        if not here.any():
+            continue
+        true, legal = labels[:, cells][here], torch.tensor(
+            [t in legal_types(size) for t in PartitionType]
+        )
         scores = type_log_probabilities(logits[:, cells][here], legal)
-        confusion = torch.bincount(true * 10 + scores.argmax(1), minlength=100).reshape(1, 10, 10).numpy()
-        result |= {f"nll_{size}": float(-scores.gather(1, true[:, None]).mean()), f"accuracy_{size}": float(confusion_statistic(confusion, "accuracy")[0]),
-                   f"macro_f1_{size}": float(confusion_statistic(confusion, "macro_f1")[0])}
+        confusion = (
+            torch.bincount(true * 10 + scores.argmax(1), minlength=100).reshape(1, 10, 10).numpy()
+        )
+        result |= {
+            f"nll_{size}": float(-scores.gather(1, true[:, None]).mean()),
+            f"accuracy_{size}": float(confusion_statistic(confusion, "accuracy")[0]),
+            f"macro_f1_{size}": float(confusion_statistic(confusion, "macro_f1")[0]),
+        }
         result["nll"] += result[f"nll_{size}"]
     return result
 
@@ -72,20 +107,60 @@ def train_joint(
     progress: bool = True,  # show a progress bar
     **settings,  # of `JointModel`: flat, widths, depths, dropout, qindex, context
 ):
-    "`(model with its best weights, History)`. Files, resuming, errors and training on several processes are those of `training.fit`."
+    """`(model with its best weights, History)`.
+
+    Files, resuming, errors and training on several processes are those of `training.fit`.
+    """
     config = config or joint_config()
-    if train.side != val.side: raise ValueError(f"training crops have a side of {train.side} pixels and validation crops {val.side}; make both frame sets with one side.")
+    if train.side != val.side:
+        raise ValueError(
+            f"training crops have a side of {train.side} pixels and validation crops {val.side};"
+            " make both frame sets with one side."
+        )
     set_seed(config.seed)
     model = JointModel(**settings).to(memory_format=torch.channels_last)
-    history = fit(model, CropBatches(train, config.batch_size, config.seed, symmetries, *process()), TileBatches(val, config.batch_size), objective or TreeLikelihood(),
-                  lambda logits, labels: tree_scores(logits, labels, train.side), config, out_dir, prefix,
-                  {"size": "whole frames", "side": train.side, "symmetries": symmetries, "train": repr(train), **provenance},
-                  progress=progress, layer_groups=lambda backbone: [backbone])
+    history = fit(
+        model,
+        CropBatches(train, config.batch_size, config.seed, symmetries, *process()),
+        TileBatches(val, config.batch_size),
+        objective or TreeLikelihood(),
+        lambda logits, labels: tree_scores(logits, labels, train.side),
+        config,
+        out_dir,
+        prefix,
+        {
+            "size": "whole frames",
+            "side": train.side,
+            "symmetries": symmetries,
+            "train": repr(train),
+            **provenance,
+        },
+        progress=progress,
+        layer_groups=lambda backbone: [backbone],
+    )
     return model.eval(), history
 
 # %% ../nbs/15_joint.ipynb #e0ce89c3
-STAGE = dict(epochs=30, batch_size=16, side=128, lr=2e-3, weight_decay=0.02, dropout=0.1, level_weights=[1.0, 1.0, 1.0, 1.0], symmetries=True, qindex=True, context=True, flat=False,
-             widths=[24, 64, 112, 128], depths=[0, 2, 1, 2], name="joint", device="auto", seed=42, resume=True)  # parameters of the stage 010_joint
+STAGE = dict(
+    epochs=30,
+    batch_size=16,
+    side=128,
+    lr=2e-3,
+    weight_decay=0.02,
+    dropout=0.1,
+    level_weights=[1.0, 1.0, 1.0, 1.0],
+    symmetries=True,
+    qindex=True,
+    context=True,
+    flat=False,
+    # parameters of the stage 010_joint
+    widths=[24, 64, 112, 128],
+    depths=[0, 2, 1, 2],
+    name="joint",
+    device="auto",
+    seed=42,
+    resume=True,
+)
 
 
 def train_run(
@@ -93,14 +168,38 @@ def train_run(
     changes: Mapping = {},  # parameters of the stage `010_joint` that differ from its defaults
     progress: bool = True,  # show a progress bar
 ):
-    "`(model with its best weights, History)`: the training of the stage `010_joint`, into `models/` of the run; each of several processes calls it. Raises `ValueError` for an unknown parameter."
-    if unknown := sorted(set(changes) - set(STAGE)): raise ValueError(f"the joint network has no parameter {', '.join(unknown)}; it has {', '.join(STAGE)}.")
+    """`(model with its best weights, History)`: the training of the stage `010_joint`, into
+    `models/` of the run; each of several processes calls it.
+
+    Raises `ValueError` for an unknown parameter.
+    """
+    if unknown := sorted(set(changes) - set(STAGE)):
+        raise ValueError(
+            f"the joint network has no parameter {', '.join(unknown)}; it has {', '.join(STAGE)}."
+        )
     own, run_dir = {**STAGE, **changes}, Path(run_dir)
     blocks = read_block_sets(run_dir / "dataset")["test"]
-    pictures = split_pictures([p for p in recorded_pictures(run_dir / "raw") if p.name in blocks.assignment], blocks.assignment)
-    config = joint_config(own["device"], lr_head=own["lr"], lr_backbone=own["lr"], **{key: own[key] for key in ("epochs", "batch_size", "weight_decay", "seed", "resume")})
-    return train_joint(*(FrameSet(pictures[split], own["side"]) for split in ("train", "val")), run_dir / "models", {"split_hash": blocks.split_hash, "level_weights": own["level_weights"]},
-                       config, own["name"], own["symmetries"], TreeLikelihood(own["level_weights"]), progress, **{key: own[key] for key in ("flat", "qindex", "context", "dropout", "widths", "depths")})
+    pictures = split_pictures(
+        [p for p in recorded_pictures(run_dir / "raw") if p.name in blocks.assignment],
+        blocks.assignment,
+    )
+    config = joint_config(
+        own["device"],
+        lr_head=own["lr"],
+        lr_backbone=own["lr"],
+        **{key: own[key] for key in ("epochs", "batch_size", "weight_decay", "seed", "resume")},
+    )
+    return train_joint(
+        *(FrameSet(pictures[split], own["side"]) for split in ("train", "val")),
+        run_dir / "models",
+        {"split_hash": blocks.split_hash, "level_weights": own["level_weights"]},
+        config,
+        own["name"],
+        own["symmetries"],
+        TreeLikelihood(own["level_weights"]),
+        progress,
+        **{key: own[key] for key in ("flat", "qindex", "context", "dropout", "widths", "depths")},
+    )
 
 # %% ../nbs/15_joint.ipynb #d99315ad
 def shipped_weights() -> Path:
@@ -116,13 +215,22 @@ class JointPredictor:
         model: JointModel,  # trained
         device="cpu",  # "auto", "cpu", "cuda"
         bf16: bool | None = None,  # compute in bfloat16; None: where the device does so by itself
-        limits: Mapping | None = None,  # types that the encoder may use, as in `partitions.legal_grid`
+        # types that the encoder may use, as in `partitions.legal_grid`
+        limits: Mapping | None = None,
         fold: bool = True,  # fold batch norm and modulation into the convolutions
         split_hash: str | None = None,  # of the split that the model was trained on
     ):
         self.device = pick_device(device)
-        if bf16 and not has_bf16(self.device): raise ValueError(f"bf16=True, but this {self.device.type} cannot compute in bfloat16: use bf16=False")
-        self.bf16, self.limits, self.fold, self.split_hash = has_bf16(self.device) if bf16 is None else bf16, limits, fold, split_hash
+        if bf16 and not has_bf16(self.device):
+            raise ValueError(
+                f"bf16=True, but this {self.device.type} cannot compute in bfloat16: use bf16=False"
+            )
+        self.bf16, self.limits, self.fold, self.split_hash = (
+            has_bf16(self.device) if bf16 is None else bf16,
+            limits,
+            fold,
+            split_hash,
+        )
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self._ready, self._places = {}, (None, None, None)
 
@@ -142,28 +250,47 @@ class JointPredictor:
         if qindex not in self._ready:
             backbone = self.model.backbone.folded(qindex) if self.fold else self.model.backbone
             head = self.model.head
-            if self.fold and self.bf16: backbone = backbone.to(torch.bfloat16)
+            if self.fold and self.bf16:
+                backbone = backbone.to(torch.bfloat16)
             self._ready[qindex] = backbone.to(memory_format=torch.channels_last), head
         return self._ready[qindex]
 
     def _legal(self, width, height):
-        "Legal types bool [10, cells], all of them outside the frame, and what is outside, bool [cells]; kept for the next frame of this size."
+        """Legal types bool [10, cells], all of them outside the frame, and what is outside, bool
+        [cells]; kept for the next frame of this size.
+        """
         if self._places[0] != (width, height):
-            legal = np.concatenate([legal_grid(size, width, height, self.limits).reshape(-1, 10) for size in LEVELS]).T
+            legal = np.concatenate(
+                [legal_grid(size, width, height, self.limits).reshape(-1, 10) for size in LEVELS]
+            ).T
             outside = ~legal.any(0)
-            self._places = (width, height), *(torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in (legal | outside, outside))
+            self._places = (width, height), *(
+                torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
+                for a in (legal | outside, outside)
+            )
         return self._places[1:]
 
     def _cells(self, luma, qindex):
-        "Logits [cells, 13 or 10] as they leave the network, and their place of every size: slice, rows, columns."
-        if not isinstance(qindex, (int, np.integer)) or not 0 <= qindex <= 255: raise ValueError(f"qindex is {qindex!r}; it must be a whole number from 0 to 255.")
+        """Logits [cells, 13 or 10] as they leave the network, and their place of every size: slice,
+        rows, columns.
+        """
+        if not isinstance(qindex, (int, np.integer)) or not 0 <= qindex <= 255:
+            raise ValueError(f"qindex is {qindex!r}; it must be a whole number from 0 to 255.")
         check_frame(luma)
         backbone, head = self._model(int(qindex))
-        x = torch.from_numpy(pad_frame(luma).astype(np.float32)).to(self.device).div_(1023)[None, None]
+        x = (
+            torch.from_numpy(pad_frame(luma).astype(np.float32))
+            .to(self.device)
+            .div_(1023)[None, None]
+        )
         q = torch.tensor([qindex], device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16): out = head(backbone(x, q))[0]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            out = head(backbone(x, q))[0]
         height, width = x.shape[2:]
-        return out, {size: (cells, height // size, width // size) for size, cells in cell_slices(height, width).items()}
+        return out, {
+            size: (cells, height // size, width // size)
+            for size, cells in cell_slices(height, width).items()
+        }
 
     @torch.inference_mode()
     def logits(
@@ -174,23 +301,40 @@ class JointPredictor:
         "What the network says, before legality."
         out, places = self._cells(luma, qindex)
         out = out.float().cpu()
-        return {size: out[cells].reshape(rows, columns, -1) for size, (cells, rows, columns) in places.items()}
+        return {
+            size: out[cells].reshape(rows, columns, -1)
+            for size, (cells, rows, columns) in places.items()
+        }
 
     @torch.inference_mode()
     def maps(
         self,
         luma: np.ndarray,  # uint16 [H, W], 10-bit; uint8 is scaled by four, with a warning
         qindex: int,  # 0–255
-    ) -> dict:  # size → float32 [rows, columns, 10] of the padded frame; a node's probabilities add up to 1, all are 0 outside the frame
-        "Probabilities of the types of every node that could exist. Raises `ValueError` for what is no 10-bit frame and for a qindex outside 0–255."
+        # size → float32 [rows, columns, 10] of the padded frame; a node's probabilities add up to
+        # 1,
+        # all are 0 outside the frame
+    ) -> dict:
+        """Probabilities of the types of every node that could exist.
+
+        Raises `ValueError` for what is no 10-bit frame and for a qindex outside 0–255.
+        """
         if isinstance(luma, np.ndarray) and luma.dtype == np.uint8 and luma.ndim == 2:
-            warnings.warn("the frame has 8-bit samples; they are multiplied by 4 to the 10-bit scale that the network was trained on", stacklevel=2)
+            warnings.warn(
+                "the frame has 8-bit samples; they are multiplied by 4 to the 10-bit scale that the"
+                " network was trained on",
+                stacklevel=2,
+            )
             luma = luma.astype(np.uint16) << 2
         out, places = self._cells(luma, qindex)
         legal, outside = self._legal(*luma.shape[::-1])
-        planes = out.t().to(torch.float32, memory_format=torch.contiguous_format)  # one plane a logit, all levels in one pass
+        # one plane a logit, all levels in one pass
+        planes = out.t().to(torch.float32, memory_format=torch.contiguous_format)
         p = type_log_probabilities(planes, legal, 0).exp_().masked_fill_(outside, 0).cpu()
-        return {size: p[:, cells].t().contiguous().reshape(rows, columns, 10).numpy() for size, (cells, rows, columns) in places.items()}
+        return {
+            size: p[:, cells].t().contiguous().reshape(rows, columns, 10).numpy()
+            for size, (cells, rows, columns) in places.items()
+        }
 
 # %% ../nbs/15_joint.ipynb #d4f1d9a4
 def read_luma(
@@ -198,23 +342,41 @@ def read_luma(
     frames: int = 1,  # so many from the beginning; 0: all
     width: int | None = None,  # of a `.yuv`, in pixels
     height: int | None = None,  # of a `.yuv`, in pixels
-) -> tuple[np.ndarray, str]:  # uint16 [frames, H, W], 0–1023; what was done to the samples, in words
-    "Luma of the first frames of a film on the 10-bit scale. Raises `FileNotFoundError`, and `ValueError` for a file without a readable picture."
+    # uint16 [frames, H, W], 0–1023; what was done to the samples, in words
+) -> tuple[np.ndarray, str]:
+    """Luma of the first frames of a film on the 10-bit scale.
+
+    Raises `FileNotFoundError`, and `ValueError` for a file without a readable picture.
+    """
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     if path.suffix.lower() == ".yuv":
         count = probe_video(path, width, height).frames
-        return read_video(path, width, height, range(min(frames or count, count))), "10-bit samples, as stored"
+        return (
+            read_video(path, width, height, range(min(frames or count, count))),
+            "10-bit samples, as stored",
+        )
     found, said = [], ""
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video: raise ValueError(f"{path} has no video track.")
+            if not container.streams.video:
+                raise ValueError(f"{path} has no video track.")
             for frame in itertools.islice(container.decode(video=0), frames or None):
                 plane, said = _ten_bit(frame)
                 found.append(plane)
-    except av.FFmpegError as error: raise ValueError(f"{path} cannot be decoded: {error.strerror}. Is it a film or a picture, and whole?") from error
-    if not found: raise ValueError(f"{path} holds no frame that can be decoded.")
-    if len({f.shape for f in found}) > 1: raise ValueError(f"{path} changes its size from {found[0].shape[::-1]} to {next(f.shape[::-1] for f in found if f.shape != found[0].shape)}; cut it into parts.")
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"{path} cannot be decoded: {error.strerror}. Is it a film or a picture, and whole?"
+        ) from error
+    if not found:
+        raise ValueError(f"{path} holds no frame that can be decoded.")
+    if len({f.shape for f in found}) > 1:
+        raise ValueError(
+            f"{path} changes its size from {found[0].shape[::-1]} to"
+            f" {next(f.shape[::-1] for f in found if f.shape != found[0].shape)}; cut it into"
+            " parts."
+        )
     return np.stack(found), said
 
 
@@ -222,12 +384,33 @@ def _ten_bit(frame):
     "Luma of a decoded frame on the 10-bit scale, and what was done."
     name, bits = frame.format.name, max(c.bits for c in frame.format.components)
     full = "yuvj" in name or frame.color_range == av.video.reformatter.ColorRange.JPEG
-    if full or not (name.startswith("yuv") or name.startswith("gray") or name.startswith("nv")) or bits not in (8, 10, 12):
-        plane, what = frame.reformat(format="yuv420p10le", dst_colorspace="ITU709", dst_color_range="MPEG").planes[0], f"{name} converted to 10-bit narrow-range luma"
+    if (
+        full
+        or not (name.startswith("yuv") or name.startswith("gray") or name.startswith("nv"))
+        or bits not in (8, 10, 12)
+    ):
+        plane, what = (
+            frame.reformat(
+                format="yuv420p10le", dst_colorspace="ITU709", dst_color_range="MPEG"
+            ).planes[0],
+            f"{name} converted to 10-bit narrow-range luma",
+        )
         bits = 10
-    else: plane, what = frame.planes[0], {8: "8-bit samples, multiplied by 4", 10: "10-bit samples, as stored", 12: "12-bit samples, divided by 4"}[bits]
+    else:
+        plane, what = (
+            frame.planes[0],
+            {
+                8: "8-bit samples, multiplied by 4",
+                10: "10-bit samples, as stored",
+                12: "12-bit samples, divided by 4",
+            }[bits],
+        )
     dtype = np.dtype(np.uint8 if bits == 8 else "<u2")
-    luma = np.frombuffer(plane, dtype).reshape(-1, plane.line_size // dtype.itemsize)[:frame.height, :frame.width].astype(np.uint16)
+    luma = (
+        np.frombuffer(plane, dtype)
+        .reshape(-1, plane.line_size // dtype.itemsize)[: frame.height, : frame.width]
+        .astype(np.uint16)
+    )
     return {8: luma << 2, 10: luma, 12: luma >> 2}[bits], what
 
 # %% ../nbs/15_joint.ipynb #aca39f21
@@ -236,16 +419,32 @@ def decode_tree(
     width: int,  # frame width in pixels
     height: int,  # frame height in pixels
     qindex: int = 0,  # written to every node
-) -> pd.DataFrame:  # node table: size, row, col, type, qindex, probability (of that type at that node)
+    # node table: size, row, col, type, qindex, probability (of that type at that node)
+) -> pd.DataFrame:
     "The greedy tree: the most probable legal type at every node, top-down."
     parts, active = [], None
     for size in LEVELS:
         p = maps[size]
         inside = legal_grid(size, width, height).any(2)
-        active = inside if active is None else inside & active.repeat(2, 0).repeat(2, 1)[:p.shape[0], :p.shape[1]]
+        active = (
+            inside
+            if active is None
+            else inside & active.repeat(2, 0).repeat(2, 1)[: p.shape[0], : p.shape[1]]
+        )
         types = p.argmax(2)
         row, col = np.nonzero(active)
-        parts.append(pd.DataFrame(dict(size=size, row=row * size, col=col * size, type=types[active], qindex=qindex, probability=p.max(2)[active])))
+        parts.append(
+            pd.DataFrame(
+                dict(
+                    size=size,
+                    row=row * size,
+                    col=col * size,
+                    type=types[active],
+                    qindex=qindex,
+                    probability=p.max(2)[active],
+                )
+            )
+        )
         active = active & (types == PartitionType.SPLIT)
     return pd.concat(parts, ignore_index=True)
 
@@ -254,13 +453,19 @@ def type_sets(
     maps: Mapping,  # of `JointPredictor.maps`
     confidence: float,  # probability that a set must reach, in (0, 1]
 ) -> dict:  # size → bool [rows, columns, 10]
-    "For every node the smallest set of types whose probability reaches `confidence`; empty outside the frame. Raises `ValueError` for another confidence."
-    if not 0 < confidence <= 1: raise ValueError(f"confidence is {confidence}; it must be above 0 and at most 1.")
+    """For every node the smallest set of types whose probability reaches `confidence`; empty
+    outside the frame.
+
+    Raises `ValueError` for another confidence.
+    """
+    if not 0 < confidence <= 1:
+        raise ValueError(f"confidence is {confidence}; it must be above 0 and at most 1.")
     result = {}
     for size, p in maps.items():
         order = np.argsort(-p, axis=2, kind="stable")
         ranked = np.take_along_axis(p, order, 2)
-        wanted = (ranked.cumsum(2) - ranked < confidence - 1e-6) & (ranked > 0)  # what stood before did not reach it
+        # what stood before did not reach it
+        wanted = (ranked.cumsum(2) - ranked < confidence - 1e-6) & (ranked > 0)
         result[size] = np.zeros(p.shape, bool)
         np.put_along_axis(result[size], order, wanted, 2)
     return result
@@ -272,7 +477,10 @@ def stage_probabilities(
     "What a distribution over the ten types says about every question of the hierarchy."
     result = {}
     for stage in JOINT.stages:
-        p = np.stack([types_p[:, list(types)].sum(1) for types in stage.classes.values()], 1) + 1e-12
+        p = (
+            np.stack([types_p[:, list(types)].sum(1) for types in stage.classes.values()], 1)
+            + 1e-12
+        )
         result[stage.name] = (p / p.sum(1, keepdims=True)).astype(np.float32)
     return result
 
@@ -281,18 +489,30 @@ def fit_decisions(
     types_p: np.ndarray,  # [N, 10] on validation blocks
     types: np.ndarray,  # true types [N]
     powers=None,  # to choose from; None: 0, 0.05, …, 2
-) -> dict:  # stage → dict(power, weights [C], macro_f1): factors on the probabilities before the largest is taken
-    "For each stage the power of the class frequencies that gives the best macro-F1. Source: Menon et al. (2021)."
+    # stage → dict(power, weights [C], macro_f1): factors on the probabilities before the largest is
+    # taken
+) -> dict:
+    """For each stage the power of the class frequencies that gives the best macro-F1.
+
+    Source: Menon et al. (2021).
+    """
     result, powers = {}, np.round(np.arange(0, 2.01, 0.05), 2) if powers is None else powers
     for name, p in stage_probabilities(types_p).items():
         labels = JOINT.labels(types)[name]
         here = labels >= 0
-        if not here.any(): continue
+        if not here.any():
+            continue
         n, share, best = p.shape[1], p[here].mean(0), None
         for power in powers:
-            decided = (p[here] / share ** power).argmax(1)
-            value = float(confusion_statistic(np.bincount(labels[here] * n + decided, minlength=n * n).reshape(1, n, n), "macro_f1")[0])
-            if best is None or value > best["macro_f1"] + 1e-12: best = dict(power=float(power), weights=(share ** -power).tolist(), macro_f1=value)
+            decided = (p[here] / share**power).argmax(1)
+            value = float(
+                confusion_statistic(
+                    np.bincount(labels[here] * n + decided, minlength=n * n).reshape(1, n, n),
+                    "macro_f1",
+                )[0]
+            )
+            if best is None or value > best["macro_f1"] + 1e-12:
+                best = dict(power=float(power), weights=(share**-power).tolist(), macro_f1=value)
         result[name] = best
     return result
 
@@ -318,26 +538,43 @@ def predict_blocks(
     predictor: JointPredictor,
     pictures: Iterable,  # the pictures that the blocks were cut from
     blocks: BlockSet,  # where answers are wanted
-    decisions: Mapping | None = None,  # of `fit_decisions`; None: the most probable class of every stage
+    # of `fit_decisions`; None: the most probable class of every stage
+    decisions: Mapping | None = None,
 ) -> Predictions:
-    "Answers of the joint network at the places of blocks, each with the whole frame in view. `seconds` are for the whole frames, all levels."
+    """Answers of the joint network at the places of blocks, each with the whole frame in view.
+
+    `seconds` are for the whole frames, all levels.
+    """
     maps, seconds = frame_maps(predictor, pictures, blocks.size)
     types_p = at_blocks(maps, blocks)
     types = types_p.argmax(1).astype(np.int64)
     classes = JOINT.labels(types)
     own = stage_probabilities(types_p)
-    weights = {stage: (decisions or {}).get(stage, {}).get("weights", np.ones(p.shape[1])) for stage, p in own.items()}
-    unrouted = {stage: StageOutput((p * weights[stage]).argmax(1).astype(np.int64), p) for stage, p in own.items()}
-    routed = {stage: np.where(classes[stage][:, None] >= 0, p, np.nan).astype(np.float32) for stage, p in own.items()}
+    weights = {
+        stage: (decisions or {}).get(stage, {}).get("weights", np.ones(p.shape[1]))
+        for stage, p in own.items()
+    }
+    unrouted = {
+        stage: StageOutput((p * weights[stage]).argmax(1).astype(np.int64), p)
+        for stage, p in own.items()
+    }
+    routed = {
+        stage: np.where(classes[stage][:, None] >= 0, p, np.nan).astype(np.float32)
+        for stage, p in own.items()
+    }
     times = {stage: seconds if number == 0 else 0.0 for number, stage in enumerate(own)}
-    return Predictions(JOINT, types, classes, routed, {}, {}, {}, times, predictor.split_hash, unrouted)
+    return Predictions(
+        JOINT, types, classes, routed, {}, {}, {}, times, predictor.split_hash, unrouted
+    )
 
 
 def level_report(
     predictor: JointPredictor,
     pictures: Iterable,  # pictures with name, luma, nodes
 ) -> pd.DataFrame:  # size, qindex ("all" or a number), nodes, accuracy, macro_f1, nll, top_2, top_3
-    "How well every level is predicted, over all nodes of the coded trees that lie inside the frame, for each quantiser and for all."
+    """How well every level is predicted, over all nodes of the coded trees that lie inside the
+    frame, for each quantiser and for all.
+    """
     found = {size: [] for size in LEVELS}
     for picture in pictures:
         frames, lumas = FrameSet([picture], side=64), dict(numbered(picture))
@@ -345,7 +582,11 @@ def level_report(
             maps = predictor.maps(lumas[r.frame], r.qindex)
             for level, size in enumerate(LEVELS):
                 grid = (r.padded_height // size, r.padded_width // size)
-                types = frames.types[size][r.starts[level]:r.starts[level] + grid[0] * grid[1]].reshape(grid).numpy()
+                types = (
+                    frames.types[size][r.starts[level] : r.starts[level] + grid[0] * grid[1]]
+                    .reshape(grid)
+                    .numpy()
+                )
                 here = types >= 0
                 found[size].append((np.full(here.sum(), r.qindex), types[here], maps[size][here]))
     rows = []
@@ -354,7 +595,23 @@ def level_report(
         rank = (np.argsort(-p, axis=1, kind="stable") == types[:, None]).argmax(1)
         for q in ("all", *np.unique(qindexes).tolist()):
             here = slice(None) if q == "all" else qindexes == q
-            confusion = np.bincount(types[here] * 10 + p[here].argmax(1), minlength=100).reshape(1, 10, 10)
-            rows.append(dict(size=size, qindex=q, nodes=len(types[here]), accuracy=float((rank[here] == 0).mean()), macro_f1=float(confusion_statistic(confusion, "macro_f1")[0]),
-                             nll=float(-np.log(np.maximum(p[here][np.arange(len(types[here])), types[here]], 1e-9)).mean()), top_2=float((rank[here] < 2).mean()), top_3=float((rank[here] < 3).mean())))
+            confusion = np.bincount(types[here] * 10 + p[here].argmax(1), minlength=100).reshape(
+                1, 10, 10
+            )
+            rows.append(
+                dict(
+                    size=size,
+                    qindex=q,
+                    nodes=len(types[here]),
+                    accuracy=float((rank[here] == 0).mean()),
+                    macro_f1=float(confusion_statistic(confusion, "macro_f1")[0]),
+                    nll=float(
+                        -np.log(
+                            np.maximum(p[here][np.arange(len(types[here])), types[here]], 1e-9)
+                        ).mean()
+                    ),
+                    top_2=float((rank[here] < 2).mean()),
+                    top_3=float((rank[here] < 3).mean()),
+                )
+            )
     return pd.DataFrame(rows)

@@ -25,17 +25,30 @@ def check_labels(
 ) -> None:
     "Raise `ValueError` unless all labels are whole numbers from 0 to n_classes - 1."
     if target.dtype != torch.int64 or target.ndim != 1:
-        raise ValueError(f"{name} needs int64 labels of shape [B], but got {target.dtype} of shape {list(target.shape)}.")
+        raise ValueError(
+            f"{name} needs int64 labels of shape [B], but got {target.dtype} of shape"
+            f" {list(target.shape)}."
+        )
     if not len(target):
         raise ValueError(f"{name} got an empty batch, whose mean loss is not defined.")
     low, high = (int(each) for each in target.aminmax())
     if low < 0 or high >= n_classes:
-        hint = " (-1 marks blocks that do not come to this stage: select the stage's subset first)" if low == -1 else ""
-        raise ValueError(f"{name} needs labels from 0 to {n_classes - 1}, but the batch holds {low if low < 0 else high}{hint}.")
+        hint = (
+            " (-1 marks blocks that do not come to this stage: select the stage's subset first)"
+            if low == -1
+            else ""
+        )
+        raise ValueError(
+            f"{name} needs labels from 0 to {n_classes - 1}, but the batch holds"
+            f" {low if low < 0 else high}{hint}."
+        )
 
 # %% ../nbs/07_losses.ipynb #0d4fbc5b
 class Loss(nn.Module):
-    "Base of all losses on logits: checks, mixed labels, reduction. A subclass implements `per_sample`."
+    """Base of all losses on logits: checks, mixed labels, reduction.
+
+    A subclass implements `per_sample`.
+    """
 
     binary = False  # whether there is one logit a sample instead of one a class
 
@@ -45,7 +58,9 @@ class Loss(nn.Module):
     ):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', but {reduction!r} was given.")
+            raise ValueError(
+                f"reduction must be 'mean', 'sum' or 'none', but {reduction!r} was given."
+            )
         self.reduction = reduction
 
     def per_sample(
@@ -61,21 +76,30 @@ class Loss(nn.Module):
         logits: torch.Tensor,  # [B] or [B, 1] if binary, else [B, C]
         target,  # int64 [B] or `MixedLabels`
     ) -> torch.Tensor:  # loss of each sample [B], not reduced
-        "Loss of every sample; of a mixed sample the weighted sum of both. Raises `ValueError` if shapes or labels do not fit."
+        """Loss of every sample; of a mixed sample the weighted sum of both.
+
+        Raises `ValueError` if shapes or labels do not fit.
+        """
         if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()  # half precision is for the network; 1e-3 relative error is too coarse for a loss
+            # half precision is for the network; 1e-3 relative error is too coarse for a loss
+            logits = logits.float()
         if self.binary and logits.ndim == 2 and logits.shape[1] == 1:
             logits = logits[:, 0]
         if logits.ndim != (1 if self.binary else 2) or len(logits) != len(target):
             wanted = "[B] or [B, 1]" if self.binary else "[B, C]"
             got = f"{list(logits.shape)} and {len(target)} labels"
-            raise ValueError(f"{type(self).__name__} needs logits {wanted} and one label a sample, but got {got}.")
+            raise ValueError(
+                f"{type(self).__name__} needs logits {wanted} and one label a sample, but got"
+                f" {got}."
+            )
         n_classes = 2 if self.binary else logits.shape[1]
         if isinstance(target, MixedLabels):
             check_labels(target.y_a, n_classes, type(self).__name__)
             check_labels(target.y_b, n_classes, type(self).__name__)
             lam = target.lam.to(logits.dtype)
-            return lam * self.per_sample(logits, target.y_a) + (1 - lam) * self.per_sample(logits, target.y_b)
+            return lam * self.per_sample(logits, target.y_a) + (1 - lam) * self.per_sample(
+                logits, target.y_b
+            )
         check_labels(target, n_classes, type(self).__name__)
         return self.per_sample(logits, target)
 
@@ -88,24 +112,29 @@ class Loss(nn.Module):
         losses = self.losses(logits, target)
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
 
-
 # %% ../nbs/07_losses.ipynb #08dcc325
 def inverse_frequency_weights(
     counts,  # samples of each class in the training set, [C], all positive
 ) -> torch.Tensor:  # float32 [C], sum C
-    "Weights in inverse proportion to the frequency of the classes. Raises `ValueError` for a class without samples."
+    """Weights in inverse proportion to the frequency of the classes.
+
+    Raises `ValueError` for a class without samples.
+    """
     return _normalised(1 / _checked_counts(counts))
 
 
 def _checked_counts(counts):
     counts = torch.as_tensor(counts, dtype=torch.float64)
     if counts.ndim != 1 or len(counts) < 2:
-        raise ValueError(f"Class counts must be a list of at least two numbers, but their shape is {list(counts.shape)}.")
+        raise ValueError(
+            "Class counts must be a list of at least two numbers, but their shape is"
+            f" {list(counts.shape)}."
+        )
     if not (counts.isfinite().all() and (counts >= 1).all()):
         missing = ", ".join(str(each) for each in (~(counts >= 1)).nonzero().flatten().tolist())
         raise ValueError(
-            f"Class weights need at least one sample of every class, but class {missing} has none: {counts.tolist()}; "
-            "check the class distribution."
+            f"Class weights need at least one sample of every class, but class {missing} has none:"
+            f" {counts.tolist()}; check the class distribution."
         )
     return counts
 
@@ -129,12 +158,25 @@ def class_weights(
     name: str,  # what the weights are called in the message
     weights,  # numbers [C] (list, array or tensor), all positive
 ) -> torch.Tensor:  # float32 [C]
-    "Weights as a float32 tensor; raise `ValueError` if they are no list of finite positive numbers."
+    """Weights as a float32 tensor; raise `ValueError` if they are no list of finite positive
+    numbers.
+    """
     if isinstance(weights, nn.Module) or weights is None:
-        raise ValueError(f"{name} must be a list of one number a class, but a {type(weights).__name__} was given.")
+        raise ValueError(
+            f"{name} must be a list of one number a class, but a {type(weights).__name__} was"
+            " given."
+        )
     weights = torch.as_tensor(weights).detach().float().clone()
-    if weights.ndim != 1 or not len(weights) or not weights.isfinite().all() or not (weights > 0).all():
-        raise ValueError(f"{name} must be a list of one finite positive number a class, but {weights.tolist()} was given.")
+    if (
+        weights.ndim != 1
+        or not len(weights)
+        or not weights.isfinite().all()
+        or not (weights > 0).all()
+    ):
+        raise ValueError(
+            f"{name} must be a list of one finite positive number a class, but {weights.tolist()}"
+            " was given."
+        )
     return weights
 
 # %% ../nbs/07_losses.ipynb #7687be36
@@ -145,7 +187,10 @@ def pick_weights(
 ) -> torch.Tensor:  # weight of each sample's class [B], in the type of the logits
     "The weights of the targets; raise `ValueError` if there are not as many weights as classes."
     if len(weights) != logits.shape[1]:
-        raise ValueError(f"There are {len(weights)} class weights for {logits.shape[1]} logits; give one weight a class.")
+        raise ValueError(
+            f"There are {len(weights)} class weights for {logits.shape[1]} logits; give one weight"
+            " a class."
+        )
     return weights.to(logits.dtype)[target]
 
 # %% ../nbs/07_losses.ipynb #8a0a67a0
@@ -153,7 +198,9 @@ class CrossEntropy(Loss):
     r"""Softmax cross-entropy, optionally weighted by class and smoothed.
 
     $-\sum_k w_k q_k \log p_k$ with $q_k = (1-\varepsilon)[k=y] + \varepsilon/C$.
-    Szegedy et al., 2016, *Rethinking the Inception Architecture for Computer Vision* (label smoothing)."""
+    Szegedy et al., 2016, *Rethinking the Inception Architecture for Computer Vision* (label
+    smoothing).
+    """
 
     def __init__(
         self,
@@ -174,20 +221,25 @@ class CrossEntropy(Loss):
         weight = None if self.weight is None else self.weight.to(logits.dtype)
         if weight is not None:
             pick_weights(weight, logits, target)
-        return F.cross_entropy(logits, target, weight=weight, label_smoothing=self.smoothing, reduction="none")
+        return F.cross_entropy(
+            logits, target, weight=weight, label_smoothing=self.smoothing, reduction="none"
+        )
 
 # %% ../nbs/07_losses.ipynb #fa592069
 class BinaryFocal(Loss):
-    r"""Binary focal loss $-\alpha_t (1-p_t)^\gamma \log p_t$; $\alpha_t$ is $\alpha$ for positives (label 1), $1-\alpha$ for negatives.
+    r"""Binary focal loss $-\alpha_t (1-p_t)^\gamma \log p_t$; $\alpha_t$ is $\alpha$ for positives
+    (label 1), $1-\alpha$ for negatives.
 
-    Lin et al., 2017, *Focal Loss for Dense Object Detection*."""
+    Lin et al., 2017, *Focal Loss for Dense Object Detection*.
+    """
 
     binary = True
 
     def __init__(
         self,
         gamma: float = 2.0,  # focusing exponent, at least 0; 0 is plain cross-entropy
-        alpha: float | None = None,  # weight of the positive class, between 0 and 1; None: both classes count 1
+        # weight of the positive class, between 0 and 1; None: both classes count 1
+        alpha: float | None = None,
         reduction: str = "mean",  # "mean" over samples, "sum", or "none"
     ):
         super().__init__(reduction)
@@ -211,12 +263,15 @@ class BinaryFocal(Loss):
 class MultiClassFocal(Loss):
     r"""Focal loss on a softmax: $-\alpha_y (1-p_y)^\gamma \log p_y$.
 
-    Lin et al., 2017, *Focal Loss for Dense Object Detection*, with the softmax in place of the sigmoid."""
+    Lin et al., 2017, *Focal Loss for Dense Object Detection*, with the softmax in place of the
+    sigmoid.
+    """
 
     def __init__(
         self,
         gamma: float = 2.0,  # focusing exponent, at least 0; 0 is plain cross-entropy
-        alpha=None,  # one positive number a class [C]; a single number for all classes; or None for 1
+        # one positive number a class [C]; a single number for all classes; or None for 1
+        alpha=None,
         reduction: str = "mean",  # "mean" over samples, "sum", or "none"
     ):
         super().__init__(reduction)
@@ -238,13 +293,19 @@ class MultiClassFocal(Loss):
         losses = -torch.exp(self.gamma * log_others) * log_p.gather(1, target[:, None])[:, 0]
         if self.alpha is None:
             return losses
-        return losses * (self.alpha.to(logits.dtype) if self.alpha.ndim == 0 else pick_weights(self.alpha, logits, target))
+        return losses * (
+            self.alpha.to(logits.dtype)
+            if self.alpha.ndim == 0
+            else pick_weights(self.alpha, logits, target)
+        )
 
 # %% ../nbs/07_losses.ipynb #4cbf3529
 class ClassBalancedFocal(MultiClassFocal):
-    r"""Multi-class focal loss whose α are the class-balanced weights $\propto (1-\beta)/(1-\beta^{n_y})$, with sum C.
+    r"""Multi-class focal loss whose α are the class-balanced weights $\propto
+    (1-\beta)/(1-\beta^{n_y})$, with sum C.
 
-    Cui et al., 2019, *Class-Balanced Loss Based on Effective Number of Samples*."""
+    Cui et al., 2019, *Class-Balanced Loss Based on Effective Number of Samples*.
+    """
 
     def __init__(
         self,
@@ -267,7 +328,8 @@ class PositiveWeightFocal(BinaryFocal):
     ):
         super().__init__(gamma, None, reduction)
         positive_weight = check_number("positive_weight", positive_weight, 1e-6)
-        self.alpha = torch.tensor([1.0, positive_weight])  # stays the buffer that the base class registered
+        # stays the buffer that the base class registered
+        self.alpha = torch.tensor([1.0, positive_weight])
 
 # %% ../nbs/07_losses.ipynb #9f8915c1
 def check_criterion(
@@ -275,11 +337,18 @@ def check_criterion(
     name: str,  # who asks, for the message
     binary: bool | None = None,  # which kind is needed; None: any
 ) -> Loss:  # the same criterion
-    "Return `criterion`, or raise `ValueError` if it is no loss of this module or of the wrong kind."
+    """Return `criterion`, or raise `ValueError` if it is no loss of this module or of the wrong
+    kind.
+    """
     if not isinstance(criterion, Loss):
-        raise ValueError(f"{name} needs a loss of av1nb.losses, but a {type(criterion).__name__} was given.")
+        raise ValueError(
+            f"{name} needs a loss of av1nb.losses, but a {type(criterion).__name__} was given."
+        )
     if binary is not None and criterion.binary != binary:
-        raise ValueError(f"{name} needs a {'binary' if binary else 'multi-class'} loss, but {type(criterion).__name__} is none.")
+        raise ValueError(
+            f"{name} needs a {'binary' if binary else 'multi-class'} loss, but"
+            f" {type(criterion).__name__} is none."
+        )
     return criterion
 
 # %% ../nbs/07_losses.ipynb #89ce8a3d
@@ -292,12 +361,16 @@ def rank_descending(
 
 # %% ../nbs/07_losses.ipynb #9d849334
 class Mining(Loss):
-    "Learn from some samples of a batch only. A subclass implements `keep`; the mean is over the samples kept."
+    """Learn from some samples of a batch only.
+
+    A subclass implements `keep`; the mean is over the samples kept.
+    """
 
     def __init__(
         self,
         criterion: Loss,  # loss of this module, whose own reduction is not used
-        reduction: str = "mean",  # "mean" over the samples kept, "sum", or "none" (0 for the others)
+        # "mean" over the samples kept, "sum", or "none" (0 for the others)
+        reduction: str = "mean",
     ):
         super().__init__(reduction)
         self.criterion = check_criterion(criterion, type(self).__name__)
@@ -329,7 +402,11 @@ class Mining(Loss):
         losses = self.criterion.losses(logits, target)
         keep = self.keep(losses.detach(), target)
         kept = losses.masked_fill(~keep, 0)
-        return kept if self.reduction == "none" else kept.sum() / (keep.sum() if self.reduction == "mean" else 1)
+        return (
+            kept
+            if self.reduction == "none"
+            else kept.sum() / (keep.sum() if self.reduction == "mean" else 1)
+        )
 
 # %% ../nbs/07_losses.ipynb #7e922a2b
 class HardNegativeMining(Mining):
@@ -339,7 +416,8 @@ class HardNegativeMining(Mining):
         self,
         criterion: Loss,  # binary loss of this module, whose own reduction is not used
         ratio: float = 3.0,  # negatives kept for each positive, above 0
-        reduction: str = "mean",  # "mean" over the samples kept, "sum", or "none" (0 for the others)
+        # "mean" over the samples kept, "sum", or "none" (0 for the others)
+        reduction: str = "mean",
     ):
         super().__init__(check_criterion(criterion, "HardNegativeMining", binary=True), reduction)
         self.ratio = check_number("ratio", ratio, 1e-6)
@@ -351,7 +429,9 @@ class HardNegativeMining(Mining):
     ) -> torch.Tensor:  # bool [B]
         "All positives, and the negatives with the largest losses."
         if isinstance(target, MixedLabels):
-            positive = ((target.y_a == 1) & (target.lam > 0)) | ((target.y_b == 1) & (target.lam < 1))
+            positive = ((target.y_a == 1) & (target.lam > 0)) | (
+                (target.y_b == 1) & (target.lam < 1)
+            )
         else:
             positive = target == 1
         limit = (self.ratio * positive.sum().clamp(min=1)).ceil()
@@ -364,8 +444,10 @@ class HardExampleMining(Mining):
     def __init__(
         self,
         criterion: Loss,  # multi-class loss of this module, whose own reduction is not used
-        fraction: float = 0.5,  # share of the batch that is learned from, above 0, at most 1; at least one sample
-        reduction: str = "mean",  # "mean" over the samples kept, "sum", or "none" (0 for the others)
+        # share of the batch that is learned from, above 0, at most 1; at least one sample
+        fraction: float = 0.5,
+        # "mean" over the samples kept, "sum", or "none" (0 for the others)
+        reduction: str = "mean",
     ):
         super().__init__(check_criterion(criterion, "HardExampleMining", binary=False), reduction)
         self.fraction = check_number("fraction", fraction, 1e-6, 1)
@@ -380,24 +462,34 @@ class HardExampleMining(Mining):
 
 # %% ../nbs/07_losses.ipynb #0192d69f
 def mixed_loss(
-    criterion,  # criterion(logits, labels) -> loss of each sample [B], for example a torch loss with reduction="none"
+    # criterion(logits, labels) -> loss of each sample [B], for example a torch loss with
+    # reduction="none"
+    criterion,
     logits: torch.Tensor,  # logits of B samples
     target: MixedLabels,  # labels of B mixed samples
 ) -> torch.Tensor:  # scalar
-    "Mean loss on mixed labels of a criterion that knows nothing of them. Raises `ValueError` if it does not return one loss a sample."
+    """Mean loss on mixed labels of a criterion that knows nothing of them.
+
+    Raises `ValueError` if it does not return one loss a sample.
+    """
     losses = [criterion(logits, labels) for labels in (target.y_a, target.y_b)]
     if losses[0].shape != target.lam.shape:
         shape = list(losses[0].shape)
-        raise ValueError(f"mixed_loss needs one loss a sample, but the criterion returned shape {shape}; give it reduction='none'.")
+        raise ValueError(
+            f"mixed_loss needs one loss a sample, but the criterion returned shape {shape}; give it"
+            " reduction='none'."
+        )
     lam = target.lam.to(losses[0].dtype)
     return (lam * losses[0] + (1 - lam) * losses[1]).mean()
 
 # %% ../nbs/07_losses.ipynb #cc70b020
 class CenterLoss(nn.Module):
-    r"""Mean of $\tfrac12\lVert f_i - c_{y_i}\rVert^2$ over the batch; in training mode the centres then follow their classes.
+    r"""Mean of $\tfrac12\lVert f_i - c_{y_i}\rVert^2$ over the batch; in training mode the centres
+    then follow their classes.
 
-    Wen et al., 2016, *A Discriminative Feature Learning Approach for Deep Face Recognition*. The paper sums over the batch;
-    the mean makes the weight of this loss independent of the batch size."""
+    Wen et al., 2016, *A Discriminative Feature Learning Approach for Deep Face Recognition*. The
+    paper sums over the batch; the mean makes the weight of this loss independent of the batch size.
+    """
 
     def __init__(
         self,
@@ -407,7 +499,9 @@ class CenterLoss(nn.Module):
     ):
         super().__init__()
         self.rate = check_number("rate", rate, 0, 1)
-        shape = check_number("n_classes", n_classes, 2, whole=True), check_number("dimension", dimension, 1, whole=True)
+        shape = check_number("n_classes", n_classes, 2, whole=True), check_number(
+            "dimension", dimension, 1, whole=True
+        )
         self.register_buffer("centers", torch.zeros(shape))
 
     def membership(
@@ -420,7 +514,9 @@ class CenterLoss(nn.Module):
             for labels in (target.y_a, target.y_b):
                 check_labels(labels, n_classes, "CenterLoss")
             lam = target.lam.to(dtype)[:, None]
-            return lam * F.one_hot(target.y_a, n_classes) + (1 - lam) * F.one_hot(target.y_b, n_classes)
+            return lam * F.one_hot(target.y_a, n_classes) + (1 - lam) * F.one_hot(
+                target.y_b, n_classes
+            )
         check_labels(target, n_classes, "CenterLoss")
         return F.one_hot(target, n_classes).to(dtype)
 
@@ -432,7 +528,8 @@ class CenterLoss(nn.Module):
     ) -> None:
         "Move the centres towards their classes."
         count = membership.sum(0)[:, None]
-        with torch.autocast(features.device.type, enabled=False):  # half precision would round the sum over the batch
+        # half precision would round the sum over the batch
+        with torch.autocast(features.device.type, enabled=False):
             total = membership.T @ features
         self.centers += self.rate * (total - count * self.centers) / (1 + count)
 
@@ -441,12 +538,18 @@ class CenterLoss(nn.Module):
         features: torch.Tensor,  # [B, D]
         target,  # int64 [B] or `MixedLabels`
     ) -> torch.Tensor:  # scalar
-        "The loss at the present centres; in training mode they move afterwards. Raises `ValueError` if shapes or labels do not fit."
+        """The loss at the present centres; in training mode they move afterwards.
+
+        Raises `ValueError` if shapes or labels do not fit.
+        """
         if features.shape != (len(target), self.centers.shape[1]):
             wanted = [len(target), self.centers.shape[1]]
-            raise ValueError(f"CenterLoss needs features of shape {wanted}, but got {list(features.shape)}.")
+            raise ValueError(
+                f"CenterLoss needs features of shape {wanted}, but got {list(features.shape)}."
+            )
         features, membership = features.to(self.centers.dtype), self.membership(target)
-        distance = (features[:, None] - self.centers).square().sum(2) / 2  # [B, C], D is small enough for the cube
+        # [B, C], D is small enough for the cube
+        distance = (features[:, None] - self.centers).square().sum(2) / 2
         loss = (membership * distance).sum(1).mean()
         if self.training and torch.is_grad_enabled():
             self.update(features, membership)
@@ -459,38 +562,62 @@ class Objective(nn.Module):
     def __init__(
         self,
         criterion: Loss,  # classification loss, reduction "mean" or "sum"
-        center_loss: CenterLoss | None = None,  # pull on the features; needs a head with `embed` and `classify`
+        # pull on the features; needs a head with `embed` and `classify`
+        center_loss: CenterLoss | None = None,
         center_weight: float = 0.001,  # weight of the center loss
     ):
         super().__init__()
         self.criterion = check_criterion(criterion, "Objective")
         if criterion.reduction == "none":
-            raise ValueError("Objective needs a criterion with reduction 'mean' or 'sum', because a training step needs one number.")
+            raise ValueError(
+                "Objective needs a criterion with reduction 'mean' or 'sum', because a training"
+                " step needs one number."
+            )
         if center_loss is not None and not isinstance(center_loss, CenterLoss):
-            raise ValueError(f"center_loss must be a CenterLoss or None, but a {type(center_loss).__name__} was given.")
-        self.center_loss, self.center_weight = center_loss, check_number("center_weight", center_weight, 0)
+            raise ValueError(
+                f"center_loss must be a CenterLoss or None, but a {type(center_loss).__name__} was"
+                " given."
+            )
+        self.center_loss, self.center_weight = center_loss, check_number(
+            "center_weight", center_weight, 0
+        )
 
     def forward(
         self,
-        model: nn.Module,  # model(x) -> logits; with a center loss also model.features, model.head.embed, model.head.classify
+        # model(x) -> logits; with a center loss also model.features, model.head.embed,
+        # model.head.classify
+        model: nn.Module,
         x: torch.Tensor,  # blocks [B, 1, S, S]
         target,  # int64 [B] or `MixedLabels`
         *inputs: torch.Tensor,  # further inputs of the model, such as the qindex
     ) -> tuple[torch.Tensor, torch.Tensor]:  # scalar loss and logits
-        "Forward pass and loss. Raises `ValueError` if the head has no embedding for the center loss."
+        """Forward pass and loss.
+
+        Raises `ValueError` if the head has no embedding for the center loss.
+        """
         if self.center_loss is None:
             logits = model(x, *inputs)
             return self.criterion(logits, target), logits
         if not (hasattr(model.head, "embed") and hasattr(model.head, "classify")):
             name = type(model.head).__name__
-            raise ValueError(f"The center loss needs a head with embed and classify, which {name} has not; use a fine-grained head.")
+            raise ValueError(
+                f"The center loss needs a head with embed and classify, which {name} has not; use a"
+                " fine-grained head."
+            )
         embedding = model.head.embed(model.features(x, *inputs))
         logits = model.head.classify(embedding)
-        return self.criterion(logits, target) + self.center_weight * self.center_loss(embedding, target), logits
+        return (
+            self.criterion(logits, target)
+            + self.center_weight * self.center_loss(embedding, target),
+            logits,
+        )
 
 # %% ../nbs/07_losses.ipynb #7c2e5b2f
 class TreeLikelihood(nn.Module):
-    "`objective(model, x, target, qindex) → (loss, logits)`: hierarchical log-likelihood of trees. `target`: int64 [B, cells], types 0–9 or −1 for no node."
+    """`objective(model, x, target, qindex) → (loss, logits)`: hierarchical log-likelihood of trees.
+
+    `target`: int64 [B, cells], types 0–9 or −1 for no node.
+    """
 
     def __init__(
         self,
@@ -498,10 +625,17 @@ class TreeLikelihood(nn.Module):
         smoothing=0.0,  # share of the likelihood that is spread over the legal types, in [0, 1)
     ):
         super().__init__()
-        if len(weights) != len(LEVELS) or min(weights) < 0 or sum(weights) == 0: raise ValueError(f"weights are {weights}; they must be {len(LEVELS)} numbers, none negative, not all 0.")
+        if len(weights) != len(LEVELS) or min(weights) < 0 or sum(weights) == 0:
+            raise ValueError(
+                f"weights are {weights}; they must be {len(LEVELS)} numbers, none negative, not"
+                " all 0."
+            )
         check_number("smoothing", smoothing, 0, 1)
         self.weights, self.smoothing = dict(zip(LEVELS, weights)), smoothing
-        for size in LEVELS: self.register_buffer(f"legal{size}", torch.tensor([t in legal_types(size) for t in PartitionType]))
+        for size in LEVELS:
+            self.register_buffer(
+                f"legal{size}", torch.tensor([t in legal_types(size) for t in PartitionType])
+            )
 
     def forward(self, model, x, target, qindex):
         logits = model(x, qindex)
@@ -515,7 +649,10 @@ class TreeLikelihood(nn.Module):
         width,
     ):
         "Scalar. Raises ValueError where labels and logits do not belong together."
-        if target.shape != logits.shape[:2]: raise ValueError(f"{tuple(target.shape)} labels do not fit {tuple(logits.shape[:2])} nodes.")
+        if target.shape != logits.shape[:2]:
+            raise ValueError(
+                f"{tuple(target.shape)} labels do not fit {tuple(logits.shape[:2])} nodes."
+            )
         total = logits.new_zeros((), dtype=torch.float32)
         for size, cells in cell_slices(height, width).items():
             labels = target[:, cells]
@@ -523,13 +660,18 @@ class TreeLikelihood(nn.Module):
             legal = getattr(self, f"legal{size}")
             scores = type_log_probabilities(logits[:, cells][here], legal)
             each = -scores.gather(1, labels[here][:, None])[:, 0]
-            if self.smoothing: each = (1 - self.smoothing) * each - self.smoothing * scores[:, legal].mean(1)
+            if self.smoothing:
+                each = (1 - self.smoothing) * each - self.smoothing * scores[:, legal].mean(1)
             total = total + self.weights[size] * each.sum() / max(len(each), 1)
         return total
 
 # %% ../nbs/07_losses.ipynb #3fc03170
 class RegretLikelihood(TreeLikelihood):
-    "`objective(model, x, target, qindex, regrets) → (loss, logits)`: likelihood of trees, expected regret and costs as soft targets. `regrets`: float [B, cells, 10], NaN where unknown."
+    """`objective(model, x, target, qindex, regrets) → (loss, logits)`: likelihood of trees,
+    expected regret and costs as soft targets.
+
+    `regrets`: float [B, cells, 10], NaN where unknown.
+    """
 
     def __init__(
         self,
@@ -537,14 +679,24 @@ class RegretLikelihood(TreeLikelihood):
         smoothing=0.0,  # of the likelihood, see `TreeLikelihood`
         likelihood=1.0,  # weight of the likelihood of the coded tree, at least 0
         soft=1.0,  # weight of the cross-entropy against the costs, at least 0
-        regret=1.0,  # weight of the expected regret, at least 0; it is counted in units of `temperature`
-        temperature=0.005,  # regret at which a type has 1/e of the best one's share of the target, above 0
+        # weight of the expected regret, at least 0; it is counted in units of `temperature`
+        regret=1.0,
+        # regret at which a type has 1/e of the best one's share of the target, above 0
+        temperature=0.005,
     ):
         super().__init__(weights, smoothing)
-        for name, value in (("likelihood", likelihood), ("soft", soft), ("regret", regret)): check_number(name, value, 0)
-        if likelihood + soft + regret == 0: raise ValueError("likelihood, soft and regret are all 0, so nothing would be learned.")
-        if not temperature > 0: raise ValueError(f"temperature is {temperature}; it must be above 0.")
-        self.likelihood, self.soft, self.regret, self.temperature = likelihood, soft, regret, temperature
+        for name, value in (("likelihood", likelihood), ("soft", soft), ("regret", regret)):
+            check_number(name, value, 0)
+        if likelihood + soft + regret == 0:
+            raise ValueError("likelihood, soft and regret are all 0, so nothing would be learned.")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; it must be above 0.")
+        self.likelihood, self.soft, self.regret, self.temperature = (
+            likelihood,
+            soft,
+            regret,
+            temperature,
+        )
 
     def forward(self, model, x, target, qindex, regrets):
         logits = model(x, qindex)
@@ -558,8 +710,14 @@ class RegretLikelihood(TreeLikelihood):
         height,  # of the crops in pixels
         width,
     ):
-        "The two terms that need costs; a scalar. Raises ValueError where costs and logits do not belong together."
-        if regrets.shape != (*logits.shape[:2], len(PartitionType)): raise ValueError(f"{tuple(regrets.shape)} regrets do not fit {tuple(logits.shape[:2])} nodes.")
+        """The two terms that need costs; a scalar.
+
+        Raises ValueError where costs and logits do not belong together.
+        """
+        if regrets.shape != (*logits.shape[:2], len(PartitionType)):
+            raise ValueError(
+                f"{tuple(regrets.shape)} regrets do not fit {tuple(logits.shape[:2])} nodes."
+            )
         total = logits.new_zeros((), dtype=torch.float32)
         for size, cells in cell_slices(height, width).items():
             legal = getattr(self, f"legal{size}")
@@ -567,8 +725,12 @@ class RegretLikelihood(TreeLikelihood):
             here = values.isfinite().any(2)
             values = values[here].float()
             scores = type_log_probabilities(logits[:, cells][here], legal)[:, legal]
-            values = torch.where(values.isnan(), values.new_tensor(torch.inf), values) / self.temperature
+            values = (
+                torch.where(values.isnan(), values.new_tensor(torch.inf), values) / self.temperature
+            )
             expected = (scores.exp() * values.nan_to_num(posinf=1 / self.temperature)).sum(1)
             against = -(torch.softmax(-values, 1) * scores).sum(1)
-            total = total + self.weights[size] * (self.regret * expected + self.soft * against).sum() / max(len(values), 1)
+            total = total + self.weights[size] * (
+                self.regret * expected + self.soft * against
+            ).sum() / max(len(values), 1)
         return total

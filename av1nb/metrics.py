@@ -27,16 +27,25 @@ def checked_labels(
     n_classes,  # how many classes there are
     name="y_true",  # what they are called in the message
 ) -> np.ndarray:
-    "`y` as int64 [N]. Raises `ValueError` if it is empty, not one-dimensional, not whole, or outside 0 … n_classes − 1."
+    """`y` as int64 [N].
+
+    Raises `ValueError` if it is empty, not one-dimensional, not whole, or outside 0 … n_classes −
+    1.
+    """
     y = np.asarray(y)
     if y.ndim != 1 or not len(y):
-        raise ValueError(f"{name} has shape {y.shape}; it must hold one class number a block and at least one block.")
+        raise ValueError(
+            f"{name} has shape {y.shape}; it must hold one class number a block and at least one"
+            " block."
+        )
     if not np.issubdtype(y.dtype, np.integer) and not (y == np.round(y)).all():
         raise ValueError(f"{name} holds {y.dtype} values that are not class numbers.")
     outside = np.flatnonzero((y < 0) | (y >= n_classes))
     if len(outside):
-        raise ValueError(f"{name}[{outside[0]}] is {y[outside[0]]}, outside 0 to {n_classes - 1} ({len(outside)} such); "
-                         "select the blocks of this stage first.")
+        raise ValueError(
+            f"{name}[{outside[0]}] is {y[outside[0]]}, outside 0 to {n_classes - 1} ({len(outside)}"
+            " such); select the blocks of this stage first."
+        )
     return y.astype(np.int64)
 
 # %% ../nbs/09_metrics.ipynb #349c9a79
@@ -45,15 +54,27 @@ def checked_scores(
     n_blocks,  # N
     n_classes,  # C
 ) -> np.ndarray:
-    "`scores` as float64 [N, C]. Raises `ValueError` for hard decisions (whole numbers), a wrong shape, or rows that are no probabilities."
+    """`scores` as float64 [N, C].
+
+    Raises `ValueError` for hard decisions (whole numbers), a wrong shape, or rows that are no
+    probabilities.
+    """
     scores = np.asarray(scores)
     if np.issubdtype(scores.dtype, np.integer) or scores.dtype == bool:
-        raise ValueError("Scores are whole numbers, so they are decisions; AUC and calibration need the probabilities before the decision.")
-    if scores.ndim == 1 and n_classes == 2: scores = np.stack([1 - scores, scores], 1)
-    if scores.shape != (n_blocks, n_classes): raise ValueError(f"Scores have shape {scores.shape}; {(n_blocks, n_classes)} is needed.")
+        raise ValueError(
+            "Scores are whole numbers, so they are decisions; AUC and calibration need the"
+            " probabilities before the decision."
+        )
+    if scores.ndim == 1 and n_classes == 2:
+        scores = np.stack([1 - scores, scores], 1)
+    if scores.shape != (n_blocks, n_classes):
+        raise ValueError(f"Scores have shape {scores.shape}; {(n_blocks, n_classes)} is needed.")
     bad = np.flatnonzero(~(np.isclose(scores.sum(1), 1, atol=1e-4) & (scores >= 0).all(1)))
     if len(bad):
-        raise ValueError(f"The scores of block {bad[0]} are no probabilities: {scores[bad[0]]}; turn logits into probabilities first.")
+        raise ValueError(
+            f"The scores of block {bad[0]} are no probabilities: {scores[bad[0]]}; turn logits into"
+            " probabilities first."
+        )
     scores = scores.astype(np.float64)
     return scores / scores.sum(1, keepdims=True)  # float32 rows sum to 1 only nearly
 
@@ -63,7 +84,8 @@ def reliability_table(
     labels,  # class numbers [N]
     bins=15,  # bins of equal width over the confidence, from 0 to 1
 ) -> pd.DataFrame:
-    """One row a bin (low < confidence ≤ high): blocks, mean confidence, accuracy; the means of an empty bin are NaN.
+    """One row a bin (low < confidence ≤ high): blocks, mean confidence, accuracy; the means of an
+    empty bin are NaN.
 
     Source: Guo, Pleiss, Sun, Weinberger (2017), On Calibration of Modern Neural Networks.
     """
@@ -74,8 +96,16 @@ def reliability_table(
     edges = np.linspace(0, 1, bins + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     blocks = np.bincount(place, minlength=bins)
-    mean = lambda values: np.divide(np.bincount(place, values, bins), blocks, out=np.full(bins, np.nan), where=blocks > 0)
-    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "blocks": blocks, "confidence": mean(confidence), "accuracy": mean(right)})
+    mean = lambda values: np.divide(
+        np.bincount(place, values, bins), blocks, out=np.full(bins, np.nan), where=blocks > 0
+    )
+    return pd.DataFrame({
+        "low": edges[:-1],
+        "high": edges[1:],
+        "blocks": blocks,
+        "confidence": mean(confidence),
+        "accuracy": mean(right),
+    })
 
 # %% ../nbs/09_metrics.ipynb #2c61a57b
 def expected_calibration_error(
@@ -85,34 +115,43 @@ def expected_calibration_error(
 ) -> float:
     """Expected calibration error, 0 (calibrated) to 1.
 
-    Sources: Naeini, Cooper, Hauskrecht (2015), Obtaining Well Calibrated Probabilities Using Bayesian Binning; Guo et al. (2017), On
-    Calibration of Modern Neural Networks.
+    Sources: Naeini, Cooper, Hauskrecht (2015), Obtaining Well Calibrated Probabilities Using
+    Bayesian Binning; Guo et al. (2017), On Calibration of Modern Neural Networks.
     """
     table = reliability_table(probs, labels, bins)
-    return float(((table.accuracy - table.confidence).abs() * table.blocks).sum() / table.blocks.sum())
+    return float(
+        ((table.accuracy - table.confidence).abs() * table.blocks).sum() / table.blocks.sum()
+    )
 
 # %% ../nbs/09_metrics.ipynb #6aee7699
 def classification_report(
     y_true,  # true class numbers [N]
     y_pred,  # decided class numbers [N]
     class_names,  # names of the classes, in the order of their numbers
-    scores=None,  # probabilities [N, C] (or [N] of class 1 of two) for AUC, calibration, Brier score and log-likelihood
+    # probabilities [N, C] (or [N] of class 1 of two) for AUC, calibration, Brier score and
+    # log-likelihood
+    scores=None,
     weights=None,  # weight of each block [N]; None: each counts once
     bins=15,  # bins of the calibration error
 ) -> dict:
     """Everything about one set of decisions, as plain numbers (F1 and the like in 0 … 1).
 
-    blocks, accuracy, balanced_accuracy, macro_f1 (over `classes_in_macro`, those that occur in `y_true`), weighted_f1,
-    per_class {name: precision, recall, f1, support, predicted}, confusion (rows true, columns decided), auc, ece, brier, nll (NaN
-    without scores). Raises `ValueError` for labels outside the classes, different lengths, or scores that are no probabilities.
+    blocks, accuracy, balanced_accuracy, macro_f1 (over `classes_in_macro`, those that occur in
+    `y_true`), weighted_f1, per_class {name: precision, recall, f1, support, predicted}, confusion
+    (rows true, columns decided), auc, ece, brier, nll (NaN without scores). Raises `ValueError` for
+    labels outside the classes, different lengths, or scores that are no probabilities.
     """
     names, n = list(class_names), len(class_names)
     y_true, y_pred = checked_labels(y_true, n), checked_labels(y_pred, n, "y_pred")
-    if len(y_true) != len(y_pred): raise ValueError(f"y_true has {len(y_true)} blocks but y_pred {len(y_pred)}; they must belong together.")
+    if len(y_true) != len(y_pred):
+        raise ValueError(
+            f"y_true has {len(y_true)} blocks but y_pred {len(y_pred)}; they must belong together."
+        )
     classes = np.arange(n)
     confusion = sk.confusion_matrix(y_true, y_pred, labels=classes, sample_weight=weights)
-    precision, recall, f1, support = sk.precision_recall_fscore_support(y_true, y_pred, labels=classes, sample_weight=weights,
-                                                                        zero_division=0)
+    precision, recall, f1, support = sk.precision_recall_fscore_support(
+        y_true, y_pred, labels=classes, sample_weight=weights, zero_division=0
+    )
     occurs, predicted = confusion.sum(1) > 0, confusion.sum(0)
     report = {
         "blocks": int(len(y_true) if weights is None else round(np.sum(weights))),
@@ -120,29 +159,55 @@ def classification_report(
         "balanced_accuracy": float(recall[occurs].mean()),
         "macro_f1": float(f1[occurs].mean()),
         "classes_in_macro": [name for name, there in zip(names, occurs) if there],
-        "classes_only_predicted": [name for name, there, count in zip(names, occurs, predicted) if not there and count > 0],
+        "classes_only_predicted": [
+            name for name, there, count in zip(names, occurs, predicted) if not there and count > 0
+        ],
         "weighted_f1": float(np.average(f1, weights=support)),
-        "auc": math.nan, "ece": math.nan, "brier": math.nan, "nll": math.nan,
-        "per_class": {name: {"precision": float(precision[i]), "recall": float(recall[i]), "f1": float(f1[i]),
-                             "support": float(support[i]) if weights is not None else int(support[i]), "predicted": predicted[i].item()}
-                      for i, name in enumerate(names)},
-        "confusion": confusion.tolist(), "class_names": names,
+        "auc": math.nan,
+        "ece": math.nan,
+        "brier": math.nan,
+        "nll": math.nan,
+        "per_class": {
+            name: {
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+                "support": float(support[i]) if weights is not None else int(support[i]),
+                "predicted": predicted[i].item(),
+            }
+            for i, name in enumerate(names)
+        },
+        "confusion": confusion.tolist(),
+        "class_names": names,
     }
     if scores is not None:
         scores = checked_scores(scores, len(y_true), n)
         one_hot = y_true[:, None] == classes
         tested = np.flatnonzero(occurs) if n > 2 else np.array([1])
         if occurs.sum() > 1:
-            report["auc"] = float(np.mean([sk.roc_auc_score(one_hot[:, c], scores[:, c], sample_weight=weights) for c in tested]))
-        if weights is None: report["ece"] = expected_calibration_error(scores, y_true, bins)
+            report["auc"] = float(
+                np.mean([
+                    sk.roc_auc_score(one_hot[:, c], scores[:, c], sample_weight=weights)
+                    for c in tested
+                ])
+            )
+        if weights is None:
+            report["ece"] = expected_calibration_error(scores, y_true, bins)
         report["brier"] = float(np.average(((scores - one_hot) ** 2).sum(1), weights=weights))
-        report["nll"] = float(sk.log_loss(y_true, scores, labels=classes, sample_weight=weights)) if n > 1 else math.nan
+        report["nll"] = (
+            float(sk.log_loss(y_true, scores, labels=classes, sample_weight=weights))
+            if n > 1
+            else math.nan
+        )
     return report
 
 # %% ../nbs/09_metrics.ipynb #eeffecc0
 @dataclass(frozen=True)
 class Score:
-    "Callable score(logits, labels) for the training engine: the plain numbers of `classification_report`."
+    """Callable score(logits, labels) for the training engine: the plain numbers of
+    `classification_report`.
+    """
+
     class_names: tuple  # names of the classes, in the order of their numbers
     threshold: float = 0.5  # two classes: probability of class 1 from which on it is chosen
 
@@ -151,12 +216,22 @@ class Score:
         logits,  # tensor [N] of a binary stage (logit of class 1), or [N, C]
         labels,  # class numbers [N]
     ) -> dict:
-        "The averages, AUC, calibration error, Brier score and log-likelihood of the report, and the F1 of each class as f1_{name}."
+        """The averages, AUC, calibration error, Brier score and log-likelihood of the report, and
+        the F1 of each class as f1_{name}.
+        """
         probs = to_probabilities(torch.as_tensor(logits).double()).numpy()
-        decided = (probs[:, 1] >= self.threshold).astype(int) if probs.shape[1] == 2 else probs.argmax(1)
+        decided = (
+            (probs[:, 1] >= self.threshold).astype(int) if probs.shape[1] == 2 else probs.argmax(1)
+        )
         report = classification_report(labels, decided, self.class_names, probs)
-        return {**{name: value for name, value in report.items() if isinstance(value, float)},
-                **{f"f1_{name}": entry["f1"] for name, entry in report["per_class"].items() if entry["support"]}}
+        return {
+            **{name: value for name, value in report.items() if isinstance(value, float)},
+            **{
+                f"f1_{name}": entry["f1"]
+                for name, entry in report["per_class"].items()
+                if entry["support"]
+            },
+        }
 
 # %% ../nbs/09_metrics.ipynb #a407a56d
 def baselines(
@@ -164,24 +239,35 @@ def baselines(
     y_true,  # true class numbers of the set to be judged [N]
     class_names,  # names of the classes; one that is called NONE adds always-NONE
 ) -> dict:
-    "Reports (as from `classification_report`) of majority, always-NONE (where there is such a class) and prior-random, by name."
+    """Reports (as from `classification_report`) of majority, always-NONE (where there is such a
+    class) and prior-random, by name.
+    """
     n = len(class_names)
     y_train, y_true = checked_labels(y_train, n, "y_train"), checked_labels(y_true, n)
     prior = np.bincount(y_train, minlength=n) / len(y_train)
     constant = {"majority": int(prior.argmax())}
-    if "NONE" in class_names: constant["always-NONE"] = list(class_names).index("NONE")
-    result = {name: classification_report(y_true, np.full(len(y_true), answer), class_names) for name, answer in constant.items()}
-    for name, answer in constant.items(): result[name]["answer"] = class_names[answer]
+    if "NONE" in class_names:
+        constant["always-NONE"] = list(class_names).index("NONE")
+    result = {
+        name: classification_report(y_true, np.full(len(y_true), answer), class_names)
+        for name, answer in constant.items()
+    }
+    for name, answer in constant.items():
+        result[name]["answer"] = class_names[answer]
     expected = np.outer(np.bincount(y_true, minlength=n), prior)
     true, decided = np.nonzero(expected)
-    result["prior-random"] = classification_report(true, decided, class_names, weights=expected[true, decided])
+    result["prior-random"] = classification_report(
+        true, decided, class_names, weights=expected[true, decided]
+    )
     return result
 
 # %% ../nbs/09_metrics.ipynb #2f31d4e0
 def as_frame(
     report,  # from `classification_report`
 ) -> pd.DataFrame:
-    "The per-class part of a report: one row a class with precision, recall, F1, support (true blocks) and predicted (decided blocks)."
+    """The per-class part of a report: one row a class with precision, recall, F1, support (true
+    blocks) and predicted (decided blocks).
+    """
     table = pd.DataFrame(report["per_class"]).T.rename_axis("class")
     return table.round({"support": 0, "predicted": 0}).astype({"support": int, "predicted": int})
 
@@ -191,52 +277,85 @@ def comparison_frame(
     report,  # its report
     baselines,  # reports of the baselines by name
 ) -> pd.DataFrame:
-    "One row for the model and one for each baseline: accuracy, balanced accuracy, macro-F1, weighted F1, AUC, calibration error, blocks."
+    """One row for the model and one for each baseline: accuracy, balanced accuracy, macro-F1,
+    weighted F1, AUC, calibration error, blocks.
+    """
     columns = ["accuracy", "balanced_accuracy", "macro_f1", "weighted_f1", "auc", "ece", "blocks"]
-    return pd.DataFrame({row: {c: r[c] for c in columns} for row, r in {name: report, **baselines}.items()}).T.astype({"blocks": int})
+    return pd.DataFrame(
+        {row: {c: r[c] for c in columns} for row, r in {name: report, **baselines}.items()}
+    ).T.astype({"blocks": int})
 
 # %% ../nbs/09_metrics.ipynb #3f654f61
 def confusion_statistic(
     confusions,  # confusion matrices [..., K, K], rows true, columns decided
     name,  # "accuracy", "macro_f1", "weighted_f1" or "balanced_accuracy"
 ) -> np.ndarray:
-    "A measure of many confusion matrices at once, [...]; the macro averages run over the classes that occur in each matrix."
-    hits, support, predicted = np.einsum("...ii->...i", confusions), confusions.sum(-1), confusions.sum(-2)
-    def ratio(a, b): return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0)
+    """A measure of many confusion matrices at once, [...]; the macro averages run over the classes
+    that occur in each matrix.
+    """
+    hits, support, predicted = (
+        np.einsum("...ii->...i", confusions),
+        confusions.sum(-1),
+        confusions.sum(-2),
+    )
+
+    def ratio(a, b):
+        return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0)
+
     f1, occurs = ratio(2.0 * hits, support + predicted), support > 0
-    if name == "accuracy": return ratio(hits.sum(-1), support.sum(-1))
-    if name == "macro_f1": return ratio((f1 * occurs).sum(-1), occurs.sum(-1))
-    if name == "weighted_f1": return ratio((f1 * support).sum(-1), support.sum(-1))
-    if name == "balanced_accuracy": return ratio(ratio(hits, support).sum(-1), occurs.sum(-1))
-    raise ValueError(f"statistic {name!r} is unknown; use accuracy, macro_f1, weighted_f1, balanced_accuracy or a function of confusions.")
+    if name == "accuracy":
+        return ratio(hits.sum(-1), support.sum(-1))
+    if name == "macro_f1":
+        return ratio((f1 * occurs).sum(-1), occurs.sum(-1))
+    if name == "weighted_f1":
+        return ratio((f1 * support).sum(-1), support.sum(-1))
+    if name == "balanced_accuracy":
+        return ratio(ratio(hits, support).sum(-1), occurs.sum(-1))
+    raise ValueError(
+        f"statistic {name!r} is unknown; use accuracy, macro_f1, weighted_f1, balanced_accuracy or"
+        " a function of confusions."
+    )
 
 # %% ../nbs/09_metrics.ipynb #63ce56c2
 def bootstrap_interval(
     y_true,  # true class numbers [N]
     y_pred,  # decided class numbers [N]
-    statistic="macro_f1",  # a measure of `confusion_statistic`, or a function from confusions [n, K, K] to values [n]
-    groups=None,  # sequence of each block [N], any hashable values; None: blocks are drawn one by one
+    # a measure of `confusion_statistic`, or a function from confusions [n, K, K] to values [n]
+    statistic="macro_f1",
+    # sequence of each block [N], any hashable values; None: blocks are drawn one by one
+    groups=None,
     n=1000,  # resampled test sets
     seed=42,  # seed of the draws
     level=0.95,  # share of the resampled values inside the interval
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high) of a measure; with `groups` a cluster bootstrap that draws whole sequences.
+    """Percentile bootstrap interval (low, high) of a measure; with `groups` a cluster bootstrap
+    that draws whole sequences.
 
-    Source: Efron and Tibshirani (1993), An Introduction to the Bootstrap. Raises `ValueError` if lengths differ or there are fewer than
-    two groups.
+    Source: Efron and Tibshirani (1993), An Introduction to the Bootstrap. Raises `ValueError` if
+    lengths differ or there are fewer than two groups.
     """
     n_classes = int(max(np.max(y_true), np.max(y_pred))) + 1
     y_true, y_pred = checked_labels(y_true, n_classes), checked_labels(y_pred, n_classes, "y_pred")
-    groups_of = np.zeros(len(y_true), np.int64) if groups is None else pd.factorize(np.asarray(groups))[0]
+    groups_of = (
+        np.zeros(len(y_true), np.int64) if groups is None else pd.factorize(np.asarray(groups))[0]
+    )
     if not len(y_true) == len(y_pred) == len(groups_of):
-        raise ValueError(f"y_true, y_pred and groups hold {len(y_true)}, {len(y_pred)} and {len(groups_of)} blocks; "
-                         "they must belong together.")
+        raise ValueError(
+            f"y_true, y_pred and groups hold {len(y_true)}, {len(y_pred)} and {len(groups_of)}"
+            " blocks; they must belong together."
+        )
     cells = n_classes * n_classes
-    counts = np.bincount((groups_of * n_classes + y_true) * n_classes + y_pred, minlength=(groups_of.max() + 1) * cells).reshape(-1, cells)
+    counts = np.bincount(
+        (groups_of * n_classes + y_true) * n_classes + y_pred,
+        minlength=(groups_of.max() + 1) * cells,
+    ).reshape(-1, cells)
     rng = np.random.default_rng(seed)
-    if groups is None: draws = rng.multinomial(len(y_true), counts[0] / len(y_true), size=n)
-    elif len(counts) < 2: raise ValueError("All blocks come from one sequence; drawing sequences needs at least two.")
-    else: draws = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=n) @ counts
+    if groups is None:
+        draws = rng.multinomial(len(y_true), counts[0] / len(y_true), size=n)
+    elif len(counts) < 2:
+        raise ValueError("All blocks come from one sequence; drawing sequences needs at least two.")
+    else:
+        draws = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=n) @ counts
     draws = draws.reshape(n, n_classes, n_classes)
     values = statistic(draws) if callable(statistic) else confusion_statistic(draws, statistic)
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
@@ -247,15 +366,21 @@ def seed_interval(
     values,  # one value a seed
     level=0.95,  # confidence of the interval
 ) -> dict:
-    """Mean over seeds with its t interval: mean, low, high, sd, seeds. With one seed low, high and sd are NaN.
+    """Mean over seeds with its t interval: mean, low, high, sd, seeds.
 
-    Source: Student (1908), The Probable Error of a Mean. Raises `ValueError` for no value or one that is not finite.
+    With one seed low, high and sd are NaN.
+
+    Source: Student (1908), The Probable Error of a Mean. Raises `ValueError` for no value or one
+    that is not finite.
     """
     values = np.asarray(values, float)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"One finite value a seed is needed, not {values.tolist()}; leave out no seed silently.")
+        raise ValueError(
+            f"One finite value a seed is needed, not {values.tolist()}; leave out no seed silently."
+        )
     mean, count = float(values.mean()), len(values)
-    if count == 1: return {"mean": mean, "low": math.nan, "high": math.nan, "sd": math.nan, "seeds": 1}
+    if count == 1:
+        return {"mean": mean, "low": math.nan, "high": math.nan, "sd": math.nan, "seeds": 1}
     sd = float(values.std(ddof=1))
     half = float(stats.t.ppf((1 + level) / 2, count - 1)) * sd / math.sqrt(count)
     return {"mean": mean, "low": mean - half, "high": mean + half, "sd": sd, "seeds": count}
@@ -266,17 +391,31 @@ def compare_seeds(
     second,  # values of the second configuration, same seeds
     level=0.95,  # confidence of the interval
 ) -> dict:
-    """Mean difference second − first over common seeds with its paired t interval: mean, low, high, sd, seeds, different, sentence.
+    """Mean difference second − first over common seeds with its paired t interval: mean, low, high,
+    sd, seeds, different, sentence.
 
     Raises `ValueError` if the seeds differ or are fewer than two: one seed shows no difference.
     """
     if set(first) != set(second):
-        raise ValueError(f"The seeds differ: {sorted(first)} and {sorted(second)}; run both configurations on the same seeds.")
-    if len(first) < 2: raise ValueError(f"{len(first)} seed cannot show a difference; run at least two, better five.")
+        raise ValueError(
+            f"The seeds differ: {sorted(first)} and {sorted(second)}; run both configurations on"
+            " the same seeds."
+        )
+    if len(first) < 2:
+        raise ValueError(
+            f"{len(first)} seed cannot show a difference; run at least two, better five."
+        )
     result = seed_interval([second[seed] - first[seed] for seed in sorted(first)], level)
     different = not result["low"] <= 0 <= result["high"]
-    verdict = f"the second is {'better' if result['mean'] > 0 else 'worse'}" if different else "no difference is shown"
-    interval = f"{level:.0%} interval {result['low']:+.4f} to {result['high']:+.4f}, {result['seeds']} seeds"
+    verdict = (
+        f"the second is {'better' if result['mean'] > 0 else 'worse'}"
+        if different
+        else "no difference is shown"
+    )
+    interval = (
+        f"{level:.0%} interval {result['low']:+.4f} to {result['high']:+.4f}, {result['seeds']}"
+        " seeds"
+    )
     sentence = f"{result['mean']:+.4f} ({interval}): {verdict}"
     return {**result, "different": different, "sentence": sentence}
 
@@ -289,7 +428,11 @@ def over_seeds(
 ) -> pd.DataFrame:
     "Per configuration: mean, low, high, sd, seeds of `value`."
     grouped = runs.groupby(by, sort=False)[value]
-    return grouped.apply(lambda values: pd.Series(seed_interval(values, level))).unstack().astype({"seeds": int})
+    return (
+        grouped.apply(lambda values: pd.Series(seed_interval(values, level)))
+        .unstack()
+        .astype({"seeds": int})
+    )
 
 # %% ../nbs/09_metrics.ipynb #ded75067
 def verdict(
@@ -299,13 +442,27 @@ def verdict(
     interval=None,  # (low, high) of macro-F1, from `bootstrap_interval`
 ) -> str:
     "One sentence: macro-F1 against the best baseline, then accuracy against the best baseline."
-    if not baselines: raise ValueError("A verdict needs at least one baseline; see `baselines`.")
-    best = {what: max(baselines, key=lambda b: baselines[b][what]) for what in ("macro_f1", "accuracy")}
-    rival, accuracy_rival = baselines[best["macro_f1"]]["macro_f1"], baselines[best["accuracy"]]["accuracy"]
+    if not baselines:
+        raise ValueError("A verdict needs at least one baseline; see `baselines`.")
+    best = {
+        what: max(baselines, key=lambda b: baselines[b][what]) for what in ("macro_f1", "accuracy")
+    }
+    rival, accuracy_rival = (
+        baselines[best["macro_f1"]]["macro_f1"],
+        baselines[best["accuracy"]]["accuracy"],
+    )
     above = report["macro_f1"] > rival
-    clearly = "" if interval is None else (" clearly" if interval[0] > rival else ", but not clearly,") if above else ""
+    clearly = (
+        ""
+        if interval is None
+        else (" clearly" if interval[0] > rival else ", but not clearly,") if above else ""
+    )
     bounds = "" if interval is None else f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})"
-    return (f"{name}: macro-F1 {report['macro_f1']:.3f}{bounds} over {', '.join(report['classes_in_macro'])} "
-            f"and {report['blocks']:,} blocks is{clearly if above else ' NOT'} above the best baseline ({best['macro_f1']}, {rival:.3f}); "
-            f"accuracy {report['accuracy']:.3f} {'is above' if report['accuracy'] > accuracy_rival else 'does NOT beat'} "
-            f"{best['accuracy']} ({accuracy_rival:.3f}).")
+    return (
+        f"{name}: macro-F1 {report['macro_f1']:.3f}{bounds} over"
+        f" {', '.join(report['classes_in_macro'])} and {report['blocks']:,} blocks"
+        f" is{clearly if above else ' NOT'} above the best baseline ({best['macro_f1']},"
+        f" {rival:.3f}); accuracy {report['accuracy']:.3f}"
+        f" {'is above' if report['accuracy'] > accuracy_rival else 'does NOT beat'}"
+        f" {best['accuracy']} ({accuracy_rival:.3f})."
+    )

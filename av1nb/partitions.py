@@ -20,7 +20,10 @@ import pandas as pd
 
 # %% ../nbs/00_partitions.ipynb #76439996
 class PartitionType(IntEnum):
-    "Partition types of AV1 with their bitstream numbers (de Rivaz and Haughton, 2019, *AV1 Bitstream & Decoding Process Specification*)."
+    """Partition types of AV1 with their bitstream numbers (de Rivaz and Haughton, 2019, *AV1
+    Bitstream & Decoding Process Specification*).
+    """
+
     NONE = 0
     HORZ = 1
     VERT = 2
@@ -33,8 +36,12 @@ class PartitionType(IntEnum):
     VERT_4 = 9
 
 # %% ../nbs/00_partitions.ipynb #1d922a9f
-BLOCK_WIDTH = np.array([4, 4, 8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64, 128, 128, 4, 16, 8, 32, 16, 64])
-BLOCK_HEIGHT = np.array([4, 8, 4, 8, 16, 8, 16, 32, 16, 32, 64, 32, 64, 128, 64, 128, 16, 4, 32, 8, 64, 16])
+BLOCK_WIDTH = np.array(
+    [4, 4, 8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64, 128, 128, 4, 16, 8, 32, 16, 64]
+)
+BLOCK_HEIGHT = np.array(
+    [4, 8, 4, 8, 16, 8, 16, 32, 16, 32, 64, 32, 64, 128, 64, 128, 16, 4, 32, 8, 64, 16]
+)
 SQUARE_CODE = {4: 0, 8: 3, 16: 6, 32: 9, 64: 12, 128: 15}
 SIZES = (128, 64, 32, 16, 8)  # sides of nodes, largest first; a 4×4 block is only ever a leaf
 MI = 4  # side of a mode-info unit in pixels
@@ -62,8 +69,10 @@ def legal_types(
     size: int,  # side of the node in pixels: 8, 16, 32, 64 or 128
 ) -> tuple[PartitionType, ...]:  # the types that AV1 allows for a node of this size, by number
     "8×8 nodes know only the first four types; 128×128 nodes have no 4:1 types."
-    if size not in SIZES: raise ValueError(f"A node has a side of 8, 16, 32, 64 or 128 pixels, not {size}.")
-    if size == 8: return tuple(PartitionType)[:4]
+    if size not in SIZES:
+        raise ValueError(f"A node has a side of 8, 16, 32, 64 or 128 pixels, not {size}.")
+    if size == 8:
+        return tuple(PartitionType)[:4]
     return tuple(PartitionType)[:8] if size == 128 else tuple(PartitionType)
 
 # %% ../nbs/00_partitions.ipynb #607950f7
@@ -72,11 +81,18 @@ def children(
     size: int,  # side of the node in pixels: 8, 16, 32, 64 or 128
     row: int = 0,  # top of the node in pixels
     col: int = 0,  # left of the node in pixels
-) -> np.ndarray:  # int64 [n, 4]: row, column, height, width of each child in pixels, in coding order
-    "Rectangles into which a node is divided. Raises `ValueError` for a type that AV1 does not allow at that size."
+    # int64 [n, 4]: row, column, height, width of each child in pixels, in coding order
+) -> np.ndarray:
+    """Rectangles into which a node is divided.
+
+    Raises `ValueError` for a type that AV1 does not allow at that size.
+    """
     if ptype not in legal_types(size):
         allowed = ", ".join(str(int(t)) for t in legal_types(size))
-        raise ValueError(f"Partition type {ptype} does not exist for a {size}×{size} block; allowed are {allowed}.")
+        raise ValueError(
+            f"Partition type {ptype} does not exist for a {size}×{size} block; allowed are"
+            f" {allowed}."
+        )
     return np.array(_CHILDREN[ptype], np.int64) * size // 4 + np.array((row, col, 0, 0))
 
 # %% ../nbs/00_partitions.ipynb #0beee400
@@ -94,7 +110,8 @@ SYMMETRIES = tuple(_SYMMETRY_STEPS)
 
 
 def _steps(name):
-    if name not in _SYMMETRY_STEPS: raise ValueError(f"Unknown symmetry {name!r}; there are {', '.join(SYMMETRIES)}.")
+    if name not in _SYMMETRY_STEPS:
+        raise ValueError(f"Unknown symmetry {name!r}; there are {', '.join(SYMMETRIES)}.")
     return _SYMMETRY_STEPS[name]
 
 
@@ -105,13 +122,18 @@ def apply_symmetry(
     "Transform the last two axes. A NumPy result may be a view of `x`."
     transpose, flip_rows, flip_cols = _steps(name)
     if isinstance(x, np.ndarray):
-        if transpose: x = x.swapaxes(-1, -2)
-        return x[..., ::-1 if flip_rows else 1, ::-1 if flip_cols else 1]
+        if transpose:
+            x = x.swapaxes(-1, -2)
+        return x[..., :: -1 if flip_rows else 1, :: -1 if flip_cols else 1]
     import torch  # only callers that hold a tensor pay for this import
-    if transpose: x = x.transpose(-1, -2)
+
+    if transpose:
+        x = x.transpose(-1, -2)
     axes = [axis for axis, flip in ((-2, flip_rows), (-1, flip_cols)) if flip]
-    if not axes: return x
-    if x.dtype == torch.uint16:  # torch cannot flip this type everywhere; its bits are moved as int16
+    if not axes:
+        return x
+    # torch cannot flip this type everywhere; its bits are moved as int16
+    if x.dtype == torch.uint16:
         return x.view(torch.int16).flip(axes).view(torch.uint16)
     return x.flip(axes)
 
@@ -138,11 +160,17 @@ def inverse(
 def _label_map(name):
     def together(ptype, symmetry):
         canvas = np.zeros((4, 4), int)
-        for i, (r, c, h, w) in enumerate(children(ptype, 16) // 4): canvas[r:r + h, c:c + w] = i
+        for i, (r, c, h, w) in enumerate(children(ptype, 16) // 4):
+            canvas[r : r + h, c : c + w] = i
         cells = apply_symmetry(canvas, symmetry).reshape(-1)
         return cells[:, None] == cells
-    return [next(new for new in PartitionType if (together(new, "identity") == together(old, name)).all())
-            for old in PartitionType]
+
+    return [
+        next(
+            new for new in PartitionType if (together(new, "identity") == together(old, name)).all()
+        )
+        for old in PartitionType
+    ]
 
 
 def label_map(
@@ -154,15 +182,25 @@ def label_map(
 # %% ../nbs/00_partitions.ipynb #69aadbf2
 def leaves(
     nodes: pd.DataFrame,  # node table with the columns size, row, col, type (pixels)
-) -> pd.DataFrame:  # a row a leaf: node (position in `nodes`), its size and type; row, col, height, width (pixels); block_size
-    "Leaf rectangles of a node table, by node and coding order. A SPLIT node gives leaves only at 8×8."
+    # a row a leaf: node (position in `nodes`), its size and type; row, col, height, width (pixels);
+    # block_size
+) -> pd.DataFrame:
+    """Leaf rectangles of a node table, by node and coding order.
+
+    A SPLIT node gives leaves only at 8×8.
+    """
     size, row, col, ptype = (nodes[c].to_numpy(np.int64) for c in ("size", "row", "col", "type"))
     allowed = np.zeros((129, 10), bool)
-    for s in SIZES: allowed[s, list(legal_types(s))] = True
-    if bad := np.flatnonzero((ptype < 0) | (ptype > 9) | ~allowed[np.clip(size, 0, 128), np.clip(ptype, 0, 9)])[:1].tolist():
+    for s in SIZES:
+        allowed[s, list(legal_types(s))] = True
+    if bad := np.flatnonzero(
+        (ptype < 0) | (ptype > 9) | ~allowed[np.clip(size, 0, 128), np.clip(ptype, 0, 9)]
+    )[:1].tolist():
         i = bad[0]
-        raise ValueError(f"Node at row {row[i]}, column {col[i]}: "
-                         f"a block of {size[i]}×{size[i]} with partition type {ptype[i]} does not exist in AV1.")
+        raise ValueError(
+            f"Node at row {row[i]}, column {col[i]}: "
+            f"a block of {size[i]}×{size[i]} with partition type {ptype[i]} does not exist in AV1."
+        )
     parts = []
     for t in PartitionType:
         node = np.flatnonzero((ptype == t) & ((t != PartitionType.SPLIT) | (size == 8)))
@@ -173,16 +211,29 @@ def leaves(
         parts.append(np.concatenate([owner, rectangle], axis=2).reshape(-1, 5))
     table = np.concatenate(parts)
     node, top, left, height, width = table[np.argsort(table[:, 0], kind="stable")].T
-    return pd.DataFrame(dict(node=node, size=size[node], type=ptype[node], row=top, col=left, height=height, width=width,
-                             block_size=_CODE_OF_SHAPE[height // MI, width // MI]))
+    return pd.DataFrame(
+        dict(
+            node=node,
+            size=size[node],
+            type=ptype[node],
+            row=top,
+            col=left,
+            height=height,
+            width=width,
+            block_size=_CODE_OF_SHAPE[height // MI, width // MI],
+        )
+    )
 
 # %% ../nbs/00_partitions.ipynb #c1090439
 def mi_shape(
     width: int,  # frame width in pixels
     height: int,  # frame height in pixels
 ) -> tuple[int, int]:  # rows and columns of the frame in mi units; always even
-    "Size of a frame in mi units (`compute_image_size`, de Rivaz and Haughton, 2019, *AV1 Bitstream & Decoding Process Specification*)."
-    if width < 1 or height < 1: raise ValueError(f"A frame of {width}×{height} pixels does not exist.")
+    """Size of a frame in mi units (`compute_image_size`, de Rivaz and Haughton, 2019, *AV1
+    Bitstream & Decoding Process Specification*).
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"A frame of {width}×{height} pixels does not exist.")
     return 2 * ((height + 7) // 8), 2 * ((width + 7) // 8)
 
 # %% ../nbs/00_partitions.ipynb #8d4e76f6
@@ -191,7 +242,8 @@ def random_tree(
     height: int,  # frame height in pixels
     sb_size: int = 64,  # side of a superblock: 64 or 128
     seed: int = 0,  # the same seed gives the same tree
-    split: float = 0.5,  # share of nodes that are SPLIT (0–1); the other types share the rest equally
+    # share of nodes that are SPLIT (0–1); the other types share the rest equally
+    split: float = 0.5,
     qindex: int = 80,  # quantiser index written to every node, 0–255
 ) -> pd.DataFrame:  # node table: size, row, col, type, qindex
     "A random legal partition tree of a whole frame, for tests and figures."
@@ -213,16 +265,21 @@ def random_tree(
         ptype = others[rng.integers(len(others), size=len(row))]
         ptype = np.where(has_rows, ptype, PartitionType.HORZ)
         ptype = np.where(has_cols, ptype, PartitionType.VERT)
-        ptype = np.where((rng.random(len(row)) < split) | ~(has_rows | has_cols), PartitionType.SPLIT, ptype)
+        ptype = np.where(
+            (rng.random(len(row)) < split) | ~(has_rows | has_cols), PartitionType.SPLIT, ptype
+        )
         levels.append((np.full(len(row), size), row, col, ptype))
     columns = (np.concatenate(column) for column in zip(*levels))
     return pd.DataFrame(dict(zip(("size", "row", "col", "type"), columns))).assign(qindex=qindex)
 
 
 def _levels(sb_size, min_size):
-    if sb_size not in (64, 128): raise ValueError(f"A superblock of AV1 has a side of 64 or 128 pixels, not {sb_size}.")
+    if sb_size not in (64, 128):
+        raise ValueError(f"A superblock of AV1 has a side of 64 or 128 pixels, not {sb_size}.")
     if min_size not in SIZES or min_size > sb_size:
-        raise ValueError(f"min_size is {min_size}; it must be 8, 16, 32, 64 or 128 and at most {sb_size}.")
+        raise ValueError(
+            f"min_size is {min_size}; it must be 8, 16, 32, 64 or 128 and at most {sb_size}."
+        )
     return [size for size in SIZES if min_size <= size <= sb_size]
 
 # %% ../nbs/00_partitions.ipynb #5d61c59c
@@ -230,15 +287,27 @@ def mi_arrays(
     nodes: pd.DataFrame,  # node table of one frame, complete down to 8×8
     width: int,  # frame width in pixels
     height: int,  # frame height in pixels
-) -> tuple[np.ndarray, np.ndarray]:  # block size codes and partition types, uint8 [mi rows, mi columns] each
-    "Block size and partition type of every mi unit. Raises `ValueError` unless the leaves cover the frame exactly once."
+    # block size codes and partition types, uint8 [mi rows, mi columns] each
+) -> tuple[np.ndarray, np.ndarray]:
+    """Block size and partition type of every mi unit.
+
+    Raises `ValueError` unless the leaves cover the frame exactly once.
+    """
     if "frame" in nodes and nodes["frame"].nunique() > 1:
         raise ValueError("The node table holds several frames; pass the nodes of one frame.")
     mi_rows, mi_cols = mi_shape(width, height)
-    outside = (nodes["row"] < 0) | (nodes["col"] < 0) | (nodes["row"] >= mi_rows * MI) | (nodes["col"] >= mi_cols * MI)
+    outside = (
+        (nodes["row"] < 0)
+        | (nodes["col"] < 0)
+        | (nodes["row"] >= mi_rows * MI)
+        | (nodes["col"] >= mi_cols * MI)
+    )
     if outside.any():
         node = nodes[outside].iloc[0]
-        raise ValueError(f"The node at row {node['row']}, column {node['col']} lies outside the {width}×{height} frame.")
+        raise ValueError(
+            f"The node at row {node['row']}, column {node['col']} lies outside the {width}×{height}"
+            " frame."
+        )
     leaf = leaves(nodes)
     top, left = leaf["row"].to_numpy() // MI, leaf["col"].to_numpy() // MI
     margin = 128 // MI  # children of a node at the edge may reach over it or lie beyond it
@@ -246,17 +315,25 @@ def mi_arrays(
     block_size, partition = (np.full(count.shape, 255, np.uint8) for _ in range(2))
     for code in np.unique(leaf["block_size"]):
         of_code = (leaf["block_size"] == code).to_numpy()
-        cells = (top[of_code, None, None] + np.arange(BLOCK_HEIGHT[code] // MI)[:, None],
-                 left[of_code, None, None] + np.arange(BLOCK_WIDTH[code] // MI))
+        cells = (
+            top[of_code, None, None] + np.arange(BLOCK_HEIGHT[code] // MI)[:, None],
+            left[of_code, None, None] + np.arange(BLOCK_WIDTH[code] // MI),
+        )
         np.add.at(count, cells, 1)
         block_size[cells] = code
-        partition[cells] = leaf["type"].to_numpy()[of_code, None, None] if code != SQUARE_CODE[4] else PartitionType.NONE
+        partition[cells] = (
+            leaf["type"].to_numpy()[of_code, None, None]
+            if code != SQUARE_CODE[4]
+            else PartitionType.NONE
+        )
     inside = np.s_[:mi_rows, :mi_cols]
     if bad := np.argwhere(count[inside] != 1)[:1].tolist():
         (r, c), times = bad[0], count[tuple(bad[0])]
         what = "is not covered by any leaf" if times == 0 else f"is covered by {times} leaves"
-        raise ValueError(f"The nodes are not one whole tree of a {width}×{height} frame: "
-                         f"the pixel at row {r * MI}, column {c * MI} {what}.")
+        raise ValueError(
+            f"The nodes are not one whole tree of a {width}×{height} frame: "
+            f"the pixel at row {r * MI}, column {c * MI} {what}."
+        )
     return block_size[inside].copy(), partition[inside].copy()
 
 # %% ../nbs/00_partitions.ipynb #e420c71a
@@ -264,7 +341,8 @@ def _node_type_table(size):
     table = np.full((22, 10), PartitionType.SPLIT, np.uint8)
     for t in legal_types(size):
         _, _, h, w = children(t, size)[0]
-        if t != PartitionType.SPLIT: table[_CODE_OF_SHAPE[h // MI, w // MI], t] = t
+        if t != PartitionType.SPLIT:
+            table[_CODE_OF_SHAPE[h // MI, w // MI], t] = t
     return table
 
 
@@ -272,40 +350,53 @@ _NODE_TYPE = {size: _node_type_table(size) for size in SIZES}
 
 
 def coded_nodes(
-    block_size: np.ndarray,  # BLOCK_SIZE code of the block over each mi unit, integers 0–21 [mi rows, mi columns]
-    partition: np.ndarray,  # partition type that produced that block, integers 0–9 [mi rows, mi columns]
-    qindex: np.ndarray | int,  # quantiser index of that block, 0–255 [mi rows, mi columns], or one number for all
+    # BLOCK_SIZE code of the block over each mi unit, integers 0–21 [mi rows, mi columns]
+    block_size: np.ndarray,
+    # partition type that produced that block, integers 0–9 [mi rows, mi columns]
+    partition: np.ndarray,
+    # quantiser index of that block, 0–255 [mi rows, mi columns], or one number for all
+    qindex: np.ndarray | int,
     width: int,  # frame width in pixels
     height: int,  # frame height in pixels
     sb_size: int = 64,  # side of a superblock: 64 or 128
     min_size: int = 8,  # smallest nodes to list
-) -> pd.DataFrame:  # node table: size, row, col, type, qindex (int64), sorted by size (largest first), row, col
+    # node table: size, row, col, type, qindex (int64), sorted by size (largest first), row, col
+) -> pd.DataFrame:
     """Coded partition tree of a frame from its mode-info units.
 
-    Nodes at the frame's edges are included, also those whose SPLIT is implied; `is_inside` tells them apart.
-    A node has the qindex of its first leaf. Raises `ValueError` if the arrays do not describe a tree.
-    Source: `decode_partition`, de Rivaz and Haughton (2019), *AV1 Bitstream & Decoding Process Specification*.
+    Nodes at the frame's edges are included, also those whose SPLIT is implied; `is_inside` tells
+    them apart. A node has the qindex of its first leaf. Raises `ValueError` if the arrays do not
+    describe a tree. Source: `decode_partition`, de Rivaz and Haughton (2019), *AV1 Bitstream &
+    Decoding Process Specification*.
     """
     block_size, partition = np.asarray(block_size), np.asarray(partition)
     shape = mi_shape(width, height)
     for what, array, top in (("block_size", block_size, 21), ("partition", partition, 9)):
         if array.shape != shape:
-            raise ValueError(f"{what} has the shape {array.shape}, but a {width}×{height} frame has {shape[0]}×{shape[1]} mi units.")
+            raise ValueError(
+                f"{what} has the shape {array.shape}, but a {width}×{height} frame has"
+                f" {shape[0]}×{shape[1]} mi units."
+            )
         if array.size and (array.min() < 0 or array.max() > top):
             r, c = np.argwhere((array < 0) | (array > top))[0]
-            raise ValueError(f"{what} is {array[r, c]} at mi row {r}, mi column {c}; allowed is 0–{top}.")
+            raise ValueError(
+                f"{what} is {array[r, c]} at mi row {r}, mi column {c}; allowed is 0–{top}."
+            )
     qindex = np.broadcast_to(qindex, shape)
     levels, is_split = [], None
     for size in _levels(sb_size, min_size):
-        step = np.s_[::size // MI, ::size // MI]
+        step = np.s_[:: size // MI, :: size // MI]
         code, leaf_type = block_size[step], partition[step]
         ptype = _NODE_TYPE[size][code, leaf_type]
         is_node = np.ones(ptype.shape, bool)
-        if is_split is not None: is_node = is_split.repeat(2, 0).repeat(2, 1)[:ptype.shape[0], :ptype.shape[1]]
+        if is_split is not None:
+            is_node = is_split.repeat(2, 0).repeat(2, 1)[: ptype.shape[0], : ptype.shape[1]]
         is_split = is_node & (ptype == PartitionType.SPLIT)
         _require_smaller_leaf(is_split, code, leaf_type, size, sb_size)
         row, col = np.nonzero(is_node)
-        levels.append((np.full(len(row), size), row * size, col * size, ptype[is_node], qindex[step][is_node]))
+        levels.append(
+            (np.full(len(row), size), row * size, col * size, ptype[is_node], qindex[step][is_node])
+        )
     columns = (np.concatenate(column).astype(np.int64) for column in zip(*levels))
     return pd.DataFrame(dict(zip(("size", "row", "col", "type", "qindex"), columns)))
 
@@ -313,13 +404,16 @@ def coded_nodes(
 def _require_smaller_leaf(is_split, code, leaf_type, size, sb_size):
     "The first leaf of a SPLIT node fits into a quarter of it; at 8×8 it is a 4×4 block."
     wrong = is_split & ((BLOCK_WIDTH[code] > size // 2) | (BLOCK_HEIGHT[code] > size // 2))
-    if size == 8: wrong |= is_split & ~np.isin(leaf_type, (PartitionType.NONE, PartitionType.SPLIT))
+    if size == 8:
+        wrong |= is_split & ~np.isin(leaf_type, (PartitionType.NONE, PartitionType.SPLIT))
     if wrong.any():
         r, c = np.argwhere(wrong)[0]
         shape = f"{BLOCK_WIDTH[code[r, c]]}×{BLOCK_HEIGHT[code[r, c]]}"
         raise ValueError(
-            f"No partition tree with {sb_size}×{sb_size} superblocks fits: at row {r * size}, column {c * size} a {shape} block "
-            f"says type {leaf_type[r, c]} inside a node of {size}×{size}. Check the superblock size and where the arrays come from.")
+            f"No partition tree with {sb_size}×{sb_size} superblocks fits: at row {r * size},"
+            f" column {c * size} a {shape} block says type {leaf_type[r, c]} inside a node of"
+            f" {size}×{size}. Check the superblock size and where the arrays come from."
+        )
 
 # %% ../nbs/00_partitions.ipynb #5f744524
 def is_inside(
@@ -337,17 +431,30 @@ def transform_nodes(
     name: str,  # one of `SYMMETRIES`
     width: int,  # frame width in pixels, before
     height: int,  # frame height in pixels, before
-) -> pd.DataFrame:  # node table of the transformed frame, sorted by frame (if there), size (largest first), row, col
-    "Apply a symmetry of the frame to its tree. Raises `ValueError` if a node would leave the block grid."
+    # node table of the transformed frame, sorted by frame (if there), size (largest first), row,
+    # col
+) -> pd.DataFrame:
+    """Apply a symmetry of the frame to its tree.
+
+    Raises `ValueError` if a node would leave the block grid.
+    """
     transpose, flip_rows, flip_cols = _steps(name)
     row, col = (nodes["col"], nodes["row"]) if transpose else (nodes["row"], nodes["col"])
-    if transpose: width, height = height, width
-    if flip_rows: row = height - row - nodes["size"]
-    if flip_cols: col = width - col - nodes["size"]
-    if (bad := (row % nodes["size"] != 0) | (col % nodes["size"] != 0) | (row < 0) | (col < 0)).any():
+    if transpose:
+        width, height = height, width
+    if flip_rows:
+        row = height - row - nodes["size"]
+    if flip_cols:
+        col = width - col - nodes["size"]
+    if (
+        bad := (row % nodes["size"] != 0) | (col % nodes["size"] != 0) | (row < 0) | (col < 0)
+    ).any():
         node = nodes[bad].iloc[0]
-        raise ValueError(f"{name} moves the {node['size']}×{node['size']} node at row {node['row']}, column {node['col']} "
-                         "off the block grid; crop the frame to a multiple of the largest block first.")
+        raise ValueError(
+            f"{name} moves the {node['size']}×{node['size']} node at row {node['row']}, column"
+            f" {node['col']} off the block grid; crop the frame to a multiple of the largest block"
+            " first."
+        )
     moved = nodes.assign(row=row, col=col, type=label_map(name)[nodes["type"]])
     by = [c for c in ("frame", "size", "row", "col") if c in nodes]
     return moved.sort_values(by, ascending=[c != "size" for c in by], ignore_index=True)
@@ -356,25 +463,35 @@ def transform_nodes(
 @dataclass(frozen=True)
 class Stage:
     "One question of a hierarchy: ordered classes, each standing for one or more partition types."
+
     name: str  # short name, also the key of labels and models
-    classes: Mapping[str, tuple[PartitionType, ...]]  # class name -> its types; the order gives the class numbers
-    parent: tuple[str, str] | None = None  # (stage, class) whose blocks come here; None for the first stage
-    overrules: tuple[PartitionType, ...] = ()  # types that the parent's class excludes and this stage may still decide for
+    # class name -> its types; the order gives the class numbers
+    classes: Mapping[str, tuple[PartitionType, ...]]
+    # (stage, class) whose blocks come here; None for the first stage
+    parent: tuple[str, str] | None = None
+    # types that the parent's class excludes and this stage may still decide for
+    overrules: tuple[PartitionType, ...] = ()
 
     def __post_init__(self):
         classes = {name: tuple(map(PartitionType, types)) for name, types in self.classes.items()}
         object.__setattr__(self, "classes", MappingProxyType(classes))
         object.__setattr__(self, "overrules", tuple(map(PartitionType, self.overrules)))
 
-    def __hash__(self): return hash(self.name)
+    def __hash__(self):
+        return hash(self.name)
 
-    def __reduce__(self): return Stage, (self.name, dict(self.classes), self.parent, self.overrules)
+    def __reduce__(self):
+        return Stage, (self.name, dict(self.classes), self.parent, self.overrules)
 
     @property
-    def class_of_type(self) -> np.ndarray:  # int64 [10]: class number of each type, −1 where this stage has none
+    def class_of_type(
+        self,
+        # int64 [10]: class number of each type, −1 where this stage has none
+    ) -> np.ndarray:
         "Lookup from type to class number."
         lookup = np.full(10, -1)
-        for i, types in enumerate(self.classes.values()): lookup[list(types)] = i
+        for i, types in enumerate(self.classes.values()):
+            lookup[list(types)] = i
         return lookup
 
 # %% ../nbs/00_partitions.ipynb #37ec2fb9
@@ -383,51 +500,98 @@ UNCOVERED_POLICIES = ("exclude", "merge")
 
 @dataclass(frozen=True)
 class Hierarchy:
-    "Stages as data, with labels, routing and final ids derived from them. Checked when made; see `validate`."
+    """Stages as data, with labels, routing and final ids derived from them.
+
+    Checked when made; see `validate`.
+    """
+
     name: str  # short name, as used on the command line
     stages: tuple[Stage, ...]  # parents before children; the first is the one that sees every block
-    merges: Mapping[PartitionType, PartitionType] = field(default_factory=dict)  # policy `merge`: uncovered type -> type to train it as
+    # policy `merge`: uncovered type -> type to train it as
+    merges: Mapping[PartitionType, PartitionType] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "stages", tuple(self.stages))
-        object.__setattr__(self, "merges", MappingProxyType({PartitionType(a): PartitionType(b) for a, b in self.merges.items()}))
+        object.__setattr__(
+            self,
+            "merges",
+            MappingProxyType({PartitionType(a): PartitionType(b) for a, b in self.merges.items()}),
+        )
         self.validate()
 
-    def __hash__(self): return hash(self.name)
+    def __hash__(self):
+        return hash(self.name)
 
-    def __reduce__(self): return Hierarchy, (self.name, self.stages, dict(self.merges))
+    def __reduce__(self):
+        return Hierarchy, (self.name, self.stages, dict(self.merges))
 
     def validate(self) -> None:
-        "Raise `ValueError` with the first inconsistency: unknown parents, ambiguous types, classes nobody resolves."
+        """Raise `ValueError` with the first inconsistency: unknown parents, ambiguous types,
+        classes nobody resolves.
+        """
+
         def require(condition, otherwise):
-            if not condition: raise ValueError(f"Hierarchy {self.name!r}: {otherwise}.")
-        require(self.stages and self.stages[0].parent is None, "the first stage must exist and have no parent")
+            if not condition:
+                raise ValueError(f"Hierarchy {self.name!r}: {otherwise}.")
+
+        require(
+            self.stages and self.stages[0].parent is None,
+            "the first stage must exist and have no parent",
+        )
         seen, taken = {}, {}
         for stage in self.stages:
             name, types = stage.name, [t for of_class in stage.classes.values() for t in of_class]
             require(name not in seen, f"two stages are named {name!r}")
-            require(len(stage.classes) > 1 and all(stage.classes.values()), f"stage {name!r} needs two or more classes, none of them empty")
+            require(
+                len(stage.classes) > 1 and all(stage.classes.values()),
+                f"stage {name!r} needs two or more classes, none of them empty",
+            )
             require(len(set(types)) == len(types), f"a type is in two classes of stage {name!r}")
             if seen:
-                require(stage.parent is not None, f"stage {name!r} has no parent, but only the first stage sees every block")
+                require(
+                    stage.parent is not None,
+                    f"stage {name!r} has no parent, but only the first stage sees every block",
+                )
                 above, cls = stage.parent
-                require(above in seen and cls in seen[above].classes, f"stage {name!r} hangs on {above}/{cls}, which no earlier stage has")
-                require(stage.parent not in taken, f"stages {taken.get(stage.parent)!r} and {name!r} both hang on {above}/{cls}")
-                extra = [t.name for t in types if t not in seen[above].classes[cls] + stage.overrules]
-                require(not extra, f"stage {name!r} names {', '.join(extra)}, which {above}/{cls} does not contain")
+                require(
+                    above in seen and cls in seen[above].classes,
+                    f"stage {name!r} hangs on {above}/{cls}, which no earlier stage has",
+                )
+                require(
+                    stage.parent not in taken,
+                    f"stages {taken.get(stage.parent)!r} and {name!r} both hang on {above}/{cls}",
+                )
+                extra = [
+                    t.name for t in types if t not in seen[above].classes[cls] + stage.overrules
+                ]
+                require(
+                    not extra,
+                    f"stage {name!r} names {', '.join(extra)}, which {above}/{cls} does not"
+                    " contain",
+                )
             seen[name], taken[stage.parent] = stage, name
         for stage in self.stages:
             for cls, types in stage.classes.items():
-                require(len(types) == 1 or (stage.name, cls) in taken,
-                        f"{stage.name}/{cls} stands for {len(types)} types and no stage decides between them")
-        require(set(self.merges) <= set(self.uncovered) and not set(self.merges.values()) & set(self.uncovered),
-                "merges must lead from uncovered to covered types")
+                require(
+                    len(types) == 1 or (stage.name, cls) in taken,
+                    f"{stage.name}/{cls} stands for {len(types)} types and no stage decides between"
+                    " them",
+                )
+        require(
+            set(self.merges) <= set(self.uncovered)
+            and not set(self.merges.values()) & set(self.uncovered),
+            "merges must lead from uncovered to covered types",
+        )
 
     def stage(self, name: str) -> Stage:
         "The stage of that name."
         for stage in self.stages:
-            if stage.name == name: return stage
-        raise ValueError(f"Hierarchy {self.name!r} has no stage {name!r}; its stages are {', '.join(s.name for s in self.stages)}.")
+            if stage.name == name:
+                return stage
+        raise ValueError(
+            f"Hierarchy {self.name!r} has no stage {name!r}; its stages are"
+            f" {', '.join(s.name for s in self.stages)}."
+        )
 
     def class_names(self, stage: str) -> tuple[str, ...]:
         "Class names of a stage, by class number."
@@ -449,10 +613,12 @@ class Hierarchy:
     @property
     def uncovered(self) -> tuple[PartitionType, ...]:
         "Types that arrive, correctly routed, at a stage that has no class for them."
+
         def covered(ptype, stage):
             cls = next((c for c, types in stage.classes.items() if ptype in types), None)
             below = cls is not None and self.child(stage.name, cls)
             return cls is not None and (covered(ptype, below) if below else True)
+
         return tuple(t for t in PartitionType if not covered(t, self.stages[0]))
 
     def labels(
@@ -462,11 +628,16 @@ class Hierarchy:
     ) -> dict[str, np.ndarray]:  # stage -> class numbers, int64 [blocks], −1 = not in this stage
         "Training labels of every stage."
         if policy not in UNCOVERED_POLICIES:
-            raise ValueError(f"Unknown policy {policy!r} for uncovered types; there are {', '.join(UNCOVERED_POLICIES)}.")
+            raise ValueError(
+                f"Unknown policy {policy!r} for uncovered types; there are"
+                f" {', '.join(UNCOVERED_POLICIES)}."
+            )
         types = _types(types)
         if policy == "merge":
             if missing := [t.name for t in self.uncovered if t not in self.merges]:
-                raise ValueError(f"Hierarchy {self.name!r} does not say into what to merge {', '.join(missing)}.")
+                raise ValueError(
+                    f"Hierarchy {self.name!r} does not say into what to merge {', '.join(missing)}."
+                )
             types = np.array([self.merges.get(t, t) for t in PartitionType], np.int64)[types]
         return {stage.name: stage.class_of_type[types] for stage in self.stages}
 
@@ -478,46 +649,67 @@ class Hierarchy:
     def route(
         self,
         stage: str,  # the stage that asks
-        classes: Mapping[str, np.ndarray],  # stage -> decided class numbers [blocks]; the stages above must be there
+        # stage -> decided class numbers [blocks]; the stages above must be there
+        classes: Mapping[str, np.ndarray],
         blocks: int | None = None,  # number of blocks; needed only while `classes` is empty
     ) -> np.ndarray:  # bool [blocks]
         "Which blocks reach a stage. Only decisions on the path of a block are looked at."
         parent = self.stage(stage).parent
-        if parent is None: return np.ones(_count(classes, blocks), bool)
+        if parent is None:
+            return np.ones(_count(classes, blocks), bool)
         above, cls = parent
-        if above not in classes: raise ValueError(f"Stage {stage!r} cannot be routed before stage {above!r} has decided.")
-        return self.route(above, classes, blocks) & (np.asarray(classes[above]) == self.class_names(above).index(cls))
+        if above not in classes:
+            raise ValueError(
+                f"Stage {stage!r} cannot be routed before stage {above!r} has decided."
+            )
+        return self.route(above, classes, blocks) & (
+            np.asarray(classes[above]) == self.class_names(above).index(cls)
+        )
 
     def final(
         self,
-        classes: Mapping[str, np.ndarray],  # stage -> decided class numbers [blocks]; read only where a block reaches the stage
-        fallback: Mapping[str, int] | None = None,  # stage that has no decisions -> type for all blocks that reach it
+        # stage -> decided class numbers [blocks]; read only where a block reaches the stage
+        classes: Mapping[str, np.ndarray],
+        # stage that has no decisions -> type for all blocks that reach it
+        fallback: Mapping[str, int] | None = None,
     ) -> np.ndarray:  # int64 [blocks], final ids 0–9
-        "Final partition types. Raises `ValueError` if a block reaches a stage without a decision for it."
+        """Final partition types.
+
+        Raises `ValueError` if a block reaches a stage without a decision for it.
+        """
         result = np.full(_count(classes, None), -1)
         for stage in self.stages:
-            if stage.parent is not None and stage.parent[0] not in classes: continue  # its parent's fallback has decided
+            # its parent's fallback has decided
+            if stage.parent is not None and stage.parent[0] not in classes:
+                continue
             here = self.route(stage.name, classes)
             if stage.name not in classes:
-                if not here.any(): continue
+                if not here.any():
+                    continue
                 if stage.name not in (fallback or {}):
-                    raise ValueError(f"{here.sum()} blocks reach stage {stage.name!r}, which has no decisions; "
-                                     "add its model or name a fallback type.")
+                    raise ValueError(
+                        f"{here.sum()} blocks reach stage {stage.name!r}, which has no decisions; "
+                        "add its model or name a fallback type."
+                    )
                 result[here] = PartitionType(fallback[stage.name])
                 continue
             decided = np.asarray(classes[stage.name])
             if (bad := here & ((decided < 0) | (decided >= len(stage.classes)))).any():
                 i = np.flatnonzero(bad)[0]
-                raise ValueError(f"Block {i} reaches stage {stage.name!r} with class {decided[i]}; "
-                                 f"its classes are 0–{len(stage.classes) - 1}.")
+                raise ValueError(
+                    f"Block {i} reaches stage {stage.name!r} with class {decided[i]}; "
+                    f"its classes are 0–{len(stage.classes) - 1}."
+                )
             for i, (cls, types) in enumerate(stage.classes.items()):
-                if self.child(stage.name, cls) is None: result[here & (decided == i)] = types[0]
+                if self.child(stage.name, cls) is None:
+                    result[here & (decided == i)] = types[0]
         return result
 
 
 def _types(types):
     types = np.asarray(types)
-    if types.size and types.dtype.kind not in "iu": raise ValueError(f"Partition types are integers, not {types.dtype}.")
+    if types.size and types.dtype.kind not in "iu":
+        raise ValueError(f"Partition types are integers, not {types.dtype}.")
     if types.size and (types.min() < 0 or types.max() > 9):
         i = np.flatnonzero((types < 0) | (types > 9))[0]
         raise ValueError(f"Block {i} has partition type {types.reshape(-1)[i]}; types are 0–9.")
@@ -527,8 +719,12 @@ def _types(types):
 def _count(classes, blocks):
     counts = {stage: len(decided) for stage, decided in classes.items()}
     if len({*counts.values(), blocks} - {None}) > 1:
-        raise ValueError(f"The stages decided on different numbers of blocks: {counts}" + (f"; {blocks} expected." if blocks else "."))
-    if not counts and blocks is None: raise ValueError("No stage has decided yet; say how many blocks there are.")
+        raise ValueError(
+            f"The stages decided on different numbers of blocks: {counts}"
+            + (f"; {blocks} expected." if blocks else ".")
+        )
+    if not counts and blocks is None:
+        raise ValueError("No stage has decided yet; say how many blocks there are.")
     return next(iter(counts.values())) if counts else blocks
 
 # %% ../nbs/00_partitions.ipynb #a241701a
@@ -536,16 +732,38 @@ _T = PartitionType
 _DIVIDED = tuple(t for t in PartitionType if t != _T.NONE)
 _STAGE1 = Stage("stage1", {"NONE": (_T.NONE,), "PARTITION": _DIVIDED})
 _RECT = Stage("RECT", {"HORZ": (_T.HORZ,), "VERT": (_T.VERT,)}, parent=("stage2", "RECT"))
-_AB = Stage("AB", {t.name: (t,) for t in (_T.HORZ_A, _T.HORZ_B, _T.VERT_A, _T.VERT_B)}, parent=("stage2", "AB"))
-_FAMILIES = {"SPLIT": (_T.SPLIT,), "RECT": (_T.HORZ, _T.VERT), "AB": (_T.HORZ_A, _T.HORZ_B, _T.VERT_A, _T.VERT_B)}
+_AB = Stage(
+    "AB",
+    {t.name: (t,) for t in (_T.HORZ_A, _T.HORZ_B, _T.VERT_A, _T.VERT_B)},
+    parent=("stage2", "AB"),
+)
+_FAMILIES = {
+    "SPLIT": (_T.SPLIT,),
+    "RECT": (_T.HORZ, _T.VERT),
+    "AB": (_T.HORZ_A, _T.HORZ_B, _T.VERT_A, _T.VERT_B),
+}
 _AS_HALVES = {_T.HORZ_4: _T.HORZ, _T.VERT_4: _T.VERT}
 
-V6 = Hierarchy("v6", (_STAGE1, Stage("stage2", _FAMILIES, parent=("stage1", "PARTITION")), _RECT, _AB), merges=_AS_HALVES)
-V5 = Hierarchy("v5", (
-    _STAGE1,
-    Stage("stage2", {"NONE": (_T.NONE,), **_FAMILIES, "1TO4": (_T.HORZ_4, _T.VERT_4)},
-          parent=("stage1", "PARTITION"), overrules=(_T.NONE,)),
-    _RECT, _AB, Stage("1TO4", {"HORZ_4": (_T.HORZ_4,), "VERT_4": (_T.VERT_4,)}, parent=("stage2", "1TO4"))))
+V6 = Hierarchy(
+    "v6",
+    (_STAGE1, Stage("stage2", _FAMILIES, parent=("stage1", "PARTITION")), _RECT, _AB),
+    merges=_AS_HALVES,
+)
+V5 = Hierarchy(
+    "v5",
+    (
+        _STAGE1,
+        Stage(
+            "stage2",
+            {"NONE": (_T.NONE,), **_FAMILIES, "1TO4": (_T.HORZ_4, _T.VERT_4)},
+            parent=("stage1", "PARTITION"),
+            overrules=(_T.NONE,),
+        ),
+        _RECT,
+        _AB,
+        Stage("1TO4", {"HORZ_4": (_T.HORZ_4,), "VERT_4": (_T.VERT_4,)}, parent=("stage2", "1TO4")),
+    ),
+)
 FLAT = Hierarchy("flat", (Stage("ten", {t.name: (t,) for t in PartitionType}),))
 _SEVEN = Stage("seven", {t.name: (t,) for t in _DIVIDED[:7]}, parent=("stage1", "PARTITION"))
 FLAT7 = Hierarchy("flat7", (_STAGE1, _SEVEN), merges=_AS_HALVES)
@@ -559,40 +777,75 @@ def legal_grid(
     size: int,  # side of the nodes in pixels, one of `LEVELS`
     width: int,  # frame width in pixels
     height: int,  # frame height in pixels
-    limits: Mapping[int, Iterable] | None = None,  # size -> types that the encoder may use there; sizes that are not named have no limit
-) -> np.ndarray:  # bool [rows, columns, 10] of the frame padded to 64×64 superblocks; all False where a node lies outside
-    "Types that a node may have. Raises `ValueError` for a limit that leaves some node without any type."
+    # size -> types that the encoder may use there; sizes that are not named have no limit
+    limits: Mapping[int, Iterable] | None = None,
+    # bool [rows, columns, 10] of the frame padded to 64×64 superblocks; all False where a node lies
+    # outside
+) -> np.ndarray:
+    """Types that a node may have.
+
+    Raises `ValueError` for a limit that leaves some node without any type.
+    """
     mi_rows, mi_cols = mi_shape(width, height)
     rows, cols = (np.arange(0, -(-n * MI // 64) * 64, size) for n in (mi_rows, mi_cols))
     possible = np.zeros(10, bool)
     possible[list(legal_types(size))] = True
-    has_rows, has_cols = (rows + size // 2 < mi_rows * MI)[:, None], (cols + size // 2 < mi_cols * MI)[None]
+    has_rows, has_cols = (rows + size // 2 < mi_rows * MI)[:, None], (
+        cols + size // 2 < mi_cols * MI
+    )[None]
     legal = np.broadcast_to(possible, (len(rows), len(cols), 10)).copy()
-    for here, types in ((~has_rows & has_cols, ("HORZ", "SPLIT")), (has_rows & ~has_cols, ("VERT", "SPLIT")), (~has_rows & ~has_cols, ("SPLIT",))):
+    for here, types in (
+        (~has_rows & has_cols, ("HORZ", "SPLIT")),
+        (has_rows & ~has_cols, ("VERT", "SPLIT")),
+        (~has_rows & ~has_cols, ("SPLIT",)),
+    ):
         legal[here] = np.isin(np.arange(10), [PartitionType[t] for t in types])
     legal[(rows >= mi_rows * MI)[:, None] | (cols >= mi_cols * MI)[None]] = False
     if limits and size in limits:
         forced = legal.sum(2) <= 2  # edges obey the format, not the encoder's taste
         legal[~forced] &= np.isin(np.arange(10), [int(t) for t in limits[size]])
         if (~legal.any(2) & (rows < mi_rows * MI)[:, None] & (cols < mi_cols * MI)[None]).any():
-            raise ValueError(f"limits leave no type for {size}×{size} nodes; allow at least one of {', '.join(t.name for t in legal_types(size))}.")
+            raise ValueError(
+                f"limits leave no type for {size}×{size} nodes; allow at least one of"
+                f" {', '.join(t.name for t in legal_types(size))}."
+            )
     return legal
 
 
 def cell_slices(
     height: int,  # rows of pixels, a multiple of 64
     width: int,  # columns of pixels, a multiple of 64
-) -> dict[int, slice]:  # size -> its part of a vector that holds the grids of all levels one after the other, each row by row
+    # size -> its part of a vector that holds the grids of all levels one after the other, each row
+    # by
+    # row
+) -> dict[int, slice]:
     "Where each level stands in a flattened tree: 85 cells a superblock."
-    if height % 64 or width % 64 or not height or not width: raise ValueError(f"{width}×{height} pixels are no whole 64×64 superblocks.")
+    if height % 64 or width % 64 or not height or not width:
+        raise ValueError(f"{width}×{height} pixels are no whole 64×64 superblocks.")
     counts = [(height // size) * (width // size) for size in LEVELS]
-    return {size: slice(sum(counts[:i]), sum(counts[:i + 1])) for i, size in enumerate(LEVELS)}
+    return {size: slice(sum(counts[:i]), sum(counts[: i + 1])) for i, size in enumerate(LEVELS)}
 
 # %% ../nbs/00_partitions.ipynb #a40d6711
-JOINT = Hierarchy("joint", (
-    _STAGE1,
-    Stage("stage2", {"SPLIT": (_T.SPLIT,), "RECT": (_T.HORZ, _T.VERT), "AB": (_T.HORZ_A, _T.HORZ_B, _T.VERT_A, _T.VERT_B), "1TO4": (_T.HORZ_4, _T.VERT_4)},
-          parent=("stage1", "PARTITION")),
-    Stage("RECT", {"HORZ": (_T.HORZ,), "VERT": (_T.VERT,)}, parent=("stage2", "RECT")),
-    Stage("AB", {t.name: (t,) for t in (_T.HORZ_A, _T.HORZ_B, _T.VERT_A, _T.VERT_B)}, parent=("stage2", "AB")),
-    Stage("1TO4", {t.name: (t,) for t in (_T.HORZ_4, _T.VERT_4)}, parent=("stage2", "1TO4"))))
+JOINT = Hierarchy(
+    "joint",
+    (
+        _STAGE1,
+        Stage(
+            "stage2",
+            {
+                "SPLIT": (_T.SPLIT,),
+                "RECT": (_T.HORZ, _T.VERT),
+                "AB": (_T.HORZ_A, _T.HORZ_B, _T.VERT_A, _T.VERT_B),
+                "1TO4": (_T.HORZ_4, _T.VERT_4),
+            },
+            parent=("stage1", "PARTITION"),
+        ),
+        Stage("RECT", {"HORZ": (_T.HORZ,), "VERT": (_T.VERT,)}, parent=("stage2", "RECT")),
+        Stage(
+            "AB",
+            {t.name: (t,) for t in (_T.HORZ_A, _T.HORZ_B, _T.VERT_A, _T.VERT_B)},
+            parent=("stage2", "AB"),
+        ),
+        Stage("1TO4", {t.name: (t,) for t in (_T.HORZ_4, _T.VERT_4)}, parent=("stage2", "1TO4")),
+    ),
+)

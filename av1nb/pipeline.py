@@ -20,7 +20,14 @@ import torch
 
 from .augment import tta
 from .datasets import to_float
-from .heads import CheckpointError, Ensemble, checkpoint_prefix, combine_votes, find_hierarchy, model_from_checkpoint
+from av1nb.heads import (
+    CheckpointError,
+    Ensemble,
+    checkpoint_prefix,
+    combine_votes,
+    find_hierarchy,
+    model_from_checkpoint,
+)
 from .metrics import baselines, bootstrap_interval, classification_report, confusion_statistic
 from .partitions import PartitionType
 from .streams import atomic_file
@@ -30,20 +37,28 @@ from .training import has_bf16, pick_device
 @dataclass
 class StageOutput:
     "What one stage says of N blocks."
+
     classes: np.ndarray  # int64 [N]
     probabilities: np.ndarray  # float32 [N,C]
-    agreement: np.ndarray | None = None  # float32 [N] in (0,1] for an ensemble: share of the members that voted for the class
+    # float32 [N] in (0,1] for an ensemble: share of the members that voted for the class
+    agreement: np.ndarray | None = None
 
 # %% ../nbs/10_pipeline.ipynb #b07250d1
 def decide(
     probabilities,  # [N,C]
-    threshold=None,  # two classes only: probability of class 1 from which on class 1 is chosen; None: the most probable class, 0.5 for two
+    # two classes only: probability of class 1 from which on class 1 is chosen; None: the most
+    # probable class, 0.5 for two
+    threshold=None,
 ):
     "Classes int64 [N]. Raises ValueError for a threshold with more than two classes."
     if threshold is not None and probabilities.shape[1] != 2:
-        raise ValueError(f"a threshold tells two classes apart, but there are {probabilities.shape[1]}")
+        raise ValueError(
+            f"a threshold tells two classes apart, but there are {probabilities.shape[1]}"
+        )
     if probabilities.shape[1] == 2:
-        return (np.asarray(probabilities[:, 1], np.float64) >= (.5 if threshold is None else threshold)).astype(np.int64)
+        return (
+            np.asarray(probabilities[:, 1], np.float64) >= (0.5 if threshold is None else threshold)
+        ).astype(np.int64)
     return np.asarray(probabilities).argmax(1).astype(np.int64)
 
 # %% ../nbs/10_pipeline.ipynb #5b624cf3
@@ -57,8 +72,10 @@ class Predictions:
     probabilities: dict  # stage → float32 [N,C], NaN where it did not
     agreement: dict  # ensemble stages only: stage → float32 [N], NaN where it did not
     thresholds: dict  # stage → threshold that was used
-    fallback: dict  # absent stage → dict(type, share, blocks): what its blocks were given instead, see `Pipeline`
-    seconds: dict  # stage → seconds of inference; with `unrouted` on all blocks, else on those that reached it
+    # absent stage → dict(type, share, blocks): what its blocks were given instead, see `Pipeline`
+    fallback: dict
+    # stage → seconds of inference; with `unrouted` on all blocks, else on those that reached it
+    seconds: dict
     split_hash: str | None = None  # of the split that the models were trained on
     unrouted: dict | None = None  # stage → StageOutput of all blocks; None unless asked for
 
@@ -75,7 +92,9 @@ class Predictions:
         "float64 [N]: product of the probabilities of the decisions on the way to the final type."
         result = np.ones(len(self))
         for stage, classes in self.classes.items():
-            chosen = np.take_along_axis(self.probabilities[stage], np.maximum(classes, 0)[:, None], axis=1)[:, 0]
+            chosen = np.take_along_axis(
+                self.probabilities[stage], np.maximum(classes, 0)[:, None], axis=1
+            )[:, 0]
             result *= np.where(classes >= 0, chosen, 1)
         return result
 
@@ -83,13 +102,16 @@ class Predictions:
         self,
         block_set=None,  # the `BlockSet` of the same blocks, for their origin and true type
     ):
-        """DataFrame, one row a block: where it comes from, true and predicted type, confidence, probabilities of every stage (NaN where
-        not reached), agreement of ensembles.
+        """DataFrame, one row a block: where it comes from, true and predicted type, confidence,
+        probabilities of every stage (NaN where not reached), agreement of ensembles.
         """
         columns = {}
         if block_set is not None:
             if len(block_set) != len(self):
-                raise ValueError(f"there are predictions for {len(self)} blocks, but the block set has {len(block_set)}")
+                raise ValueError(
+                    f"there are predictions for {len(self)} blocks, but the block set has"
+                    f" {len(block_set)}"
+                )
             names = np.array([ptype.name for ptype in PartitionType])
             columns = dict(
                 sequence=np.array(block_set.sequence_names)[block_set.sequence.cpu().numpy()],
@@ -103,7 +125,10 @@ class Predictions:
         columns["predicted"] = np.array([ptype.name for ptype in PartitionType])[self.types]
         columns["confidence"] = self.confidence
         for stage, probabilities in self.probabilities.items():
-            columns |= {f"{stage}_{name}": probabilities[:, i] for i, name in enumerate(self.hierarchy.class_names(stage))}
+            columns |= {
+                f"{stage}_{name}": probabilities[:, i]
+                for i, name in enumerate(self.hierarchy.class_names(stage))
+            }
         columns |= {f"{stage}_agreement": values for stage, values in self.agreement.items()}
         return pd.DataFrame(columns)
 
@@ -121,10 +146,15 @@ def class_counts(
     hierarchy,  # a `Hierarchy`, or the name of one
     types,  # partition types of the training blocks
 ):
-    "Stage → number of training blocks of each of its classes, int64 [C]: what `Pipeline` needs for the fallback of an absent specialist."
+    """Stage → number of training blocks of each of its classes, int64 [C]: what `Pipeline` needs
+    for the fallback of an absent specialist.
+    """
     hierarchy = find_hierarchy(hierarchy)
     labels = hierarchy.labels(np.asarray(types))
-    return {stage: np.bincount(classes[classes >= 0], minlength=hierarchy.n_classes(stage)) for stage, classes in labels.items()}
+    return {
+        stage: np.bincount(classes[classes >= 0], minlength=hierarchy.n_classes(stage))
+        for stage, classes in labels.items()
+    }
 
 # %% ../nbs/10_pipeline.ipynb #6959ceeb
 FALL_BACK = ("v5",)  # hierarchies whose specialists may be absent without being asked
@@ -133,10 +163,19 @@ FALL_BACK = ("v5",)  # hierarchies whose specialists may be absent without being
 def fallback_counts(
     hierarchy,  # a `Hierarchy`, or the name of one
     types,  # partition types of the training blocks
-    absent=None,  # "majority": a specialist may be absent, "refuse": none may; None: majority for the hierarchies of `FALL_BACK`, else refuse
+    # "majority": a specialist may be absent, "refuse": none may; None: majority for the hierarchies
+    # of `FALL_BACK`, else refuse
+    absent=None,
 ):
-    "What `Pipeline` takes as `fallback`: `class_counts`, or None where no specialist may be absent. Raises ValueError for another word."
-    if absent not in (None, "majority", "refuse"): raise ValueError(f"absent is {absent!r}: choose majority, refuse, or None for the habit of the hierarchy")
+    """What `Pipeline` takes as `fallback`: `class_counts`, or None where no specialist may be
+    absent.
+
+    Raises ValueError for another word.
+    """
+    if absent not in (None, "majority", "refuse"):
+        raise ValueError(
+            f"absent is {absent!r}: choose majority, refuse, or None for the habit of the hierarchy"
+        )
     absent = absent or ("majority" if find_hierarchy(hierarchy).name in FALL_BACK else "refuse")
     return class_counts(hierarchy, types) if absent == "majority" else None
 
@@ -145,10 +184,20 @@ def fallback_sentence(
     fallback,  # `Predictions.fallback`, or `Pipeline.fallback`
 ):
     "What the absent specialists were replaced by, in words; empty if none is absent."
-    return " ".join(f"Specialist {stage} is absent: its blocks are given {entry['type']}, {100 * entry['share']:.1f} % of its {entry['blocks']} training blocks." for stage, entry in fallback.items())
+    return " ".join(
+        f"Specialist {stage} is absent: its blocks are given {entry['type']},"
+        f" {100 * entry['share']:.1f} % of its {entry['blocks']} training blocks."
+        for stage, entry in fallback.items()
+    )
 
 # %% ../nbs/10_pipeline.ipynb #2d18a28d
-TRAINING_NOTEBOOKS = ("003_train_stage1", "004_train_stage2", "005_train_stage3_rect", "006_train_stage3_ab")  # by place in the hierarchy; the last for all that follow
+# by place in the hierarchy; the last for all that follow
+TRAINING_NOTEBOOKS = (
+    "003_train_stage1",
+    "004_train_stage2",
+    "005_train_stage3_rect",
+    "006_train_stage3_ab",
+)
 
 
 def trained_by(
@@ -165,18 +214,25 @@ def find_checkpoints(
     hierarchy,  # a `Hierarchy`, or the name of one
     stage,  # name of one of its stages
 ):
-    """Paths of a stage's best checkpoints: `{prefix}_1_model_best.pt`, `_2_`, … of an ensemble where there are any, else
-    `{prefix}_model_best.pt`; empty if there is none. Raises FileNotFoundError for an ensemble with a gap in its numbers.
+    """Paths of a stage's best checkpoints: `{prefix}_1_model_best.pt`, `_2_`, … of an ensemble
+    where there are any, else `{prefix}_model_best.pt`; empty if there is none.
+
+    Raises FileNotFoundError for an ensemble with a gap in its numbers.
     """
     models_dir, prefix = Path(models_dir), checkpoint_prefix(hierarchy, stage)
     pattern = re.compile(re.escape(prefix) + r"_(\d+)_model_best\.pt")
-    numbered = {int(match[1]): path for path in models_dir.glob("*.pt") if (match := pattern.fullmatch(path.name))}
+    numbered = {
+        int(match[1]): path
+        for path in models_dir.glob("*.pt")
+        if (match := pattern.fullmatch(path.name))
+    }
     if numbered:
         gaps = sorted(set(range(1, max(numbered) + 1)) - set(numbered))
         if gaps:
             raise FileNotFoundError(
-                f"{models_dir} has {len(numbered)} members of the {stage} ensemble, but member {gaps[0]} ({prefix}_{gaps[0]}_model_best.pt)"
-                f" is missing: run {trained_by(hierarchy, stage)} again"
+                f"{models_dir} has {len(numbered)} members of the {stage} ensemble, but member"
+                f" {gaps[0]} ({prefix}_{gaps[0]}_model_best.pt) is missing: run"
+                f" {trained_by(hierarchy, stage)} again"
             )
         return [numbered[number] for number in sorted(numbered)]
     single = models_dir / f"{prefix}_model_best.pt"
@@ -190,44 +246,74 @@ class Pipeline:
         self,
         hierarchy,  # a `Hierarchy`, or the name of one
         models,  # stage → `StageModel` or `Ensemble`
-        thresholds=None,  # two-class stage → probability of class 1 from which on class 1 is chosen, in (0,1); 0.5 where not given
-        fallback=None,  # `class_counts` of the training blocks: an absent specialist answers the majority type; None: none may be absent
+        # two-class stage → probability of class 1 from which on class 1 is chosen, in (0,1); 0.5
+        # where not given
+        thresholds=None,
+        # `class_counts` of the training blocks: an absent specialist answers the majority type;
+        # None: none may be absent
+        fallback=None,
         symmetries=None,  # names of symmetries to average over (test-time augmentation); None: none
         bf16=False,  # compute in bfloat16: faster where the processor has it, not bit-exact
         device="cpu",  # "auto", "cpu" or "cuda"
-        split_hash=None,  # hash of the split that the models were trained on; then only blocks of this split are reported on
-        side=None,  # height and width of the blocks that the models were trained on, margins included; None: not checked
+        # hash of the split that the models were trained on; then only blocks of this split are
+        # reported on
+        split_hash=None,
+        # height and width of the blocks that the models were trained on, margins included; None:
+        # not checked
+        side=None,
         files=(),  # where the models come from
     ):
-        "Raises ValueError for a missing, superfluous or unfitting model and for thresholds that make no sense."
+        """Raises ValueError for a missing, superfluous or unfitting model and for thresholds that
+        make no sense.
+        """
         self.hierarchy = hierarchy = find_hierarchy(hierarchy)
         self.thresholds, self.symmetries = dict(thresholds or {}), symmetries
         self.split_hash, self.side, self.files = split_hash, side, [str(path) for path in files]
         self.device = pick_device(device)
         if bf16 and not has_bf16(self.device):
-            raise ValueError(f"bf16=True, but this {self.device.type} cannot compute in bfloat16: use bf16=False")
+            raise ValueError(
+                f"bf16=True, but this {self.device.type} cannot compute in bfloat16: use bf16=False"
+            )
         self.bf16, self.models, self.fallback = bf16, {}, {}
         if unknown := sorted(set(models) - set(hierarchy.stage_names)):
             raise ValueError(
-                f"there are models for {', '.join(unknown)}, but hierarchy {hierarchy.name!r} has the stages"
-                f" {', '.join(hierarchy.stage_names)}"
+                f"there are models for {', '.join(unknown)}, but hierarchy {hierarchy.name!r} has"
+                f" the stages {', '.join(hierarchy.stage_names)}"
             )
         for stage in hierarchy.stage_names:
             if stage not in models:
                 self.fallback[stage] = self._fallback(stage, fallback)
                 continue
             model, names = models[stage], list(hierarchy.class_names(stage))
-            if (model.hierarchy, model.stage, list(model.class_names)) != (hierarchy.name, stage, names):
+            if (model.hierarchy, model.stage, list(model.class_names)) != (
+                hierarchy.name,
+                stage,
+                names,
+            ):
                 raise ValueError(
-                    f"the model given for stage {stage!r} of {hierarchy.name!r} decides {model.hierarchy}/{model.stage} with the classes"
+                    f"the model given for stage {stage!r} of {hierarchy.name!r} decides"
+                    f" {model.hierarchy}/{model.stage} with the classes"
                     f" {', '.join(model.class_names)}"
                 )
-            self.models[stage] = model.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            self.models[stage] = (
+                model.to(self.device, memory_format=torch.channels_last)
+                .eval()
+                .requires_grad_(False)
+            )
         for stage, threshold in self.thresholds.items():
-            if stage not in self.models or hierarchy.n_classes(stage) != 2 or isinstance(self.models[stage], Ensemble):
-                raise ValueError(f"a threshold belongs to a two-class stage with one model, but {stage!r} is none")
+            if (
+                stage not in self.models
+                or hierarchy.n_classes(stage) != 2
+                or isinstance(self.models[stage], Ensemble)
+            ):
+                raise ValueError(
+                    f"a threshold belongs to a two-class stage with one model, but {stage!r} is"
+                    " none"
+                )
             if not 0 < threshold < 1:
-                raise ValueError(f"the threshold of {stage!r} is {threshold}, it must lie between 0 and 1")
+                raise ValueError(
+                    f"the threshold of {stage!r} is {threshold}, it must lie between 0 and 1"
+                )
 
     def _fallback(self, stage, counts):
         "What an absent stage answers: the most frequent class of its training blocks."
@@ -236,28 +322,49 @@ class Pipeline:
         )
         if counts is None or stage not in counts or not specialist:
             hint = ", or pass fallback=class_counts(…) of the training blocks" if specialist else ""
-            raise ValueError(f"stage {stage!r} of hierarchy {self.hierarchy.name!r} has no model: train it with {trained_by(self.hierarchy, stage)}{hint}")
+            raise ValueError(
+                f"stage {stage!r} of hierarchy {self.hierarchy.name!r} has no model: train it with"
+                f" {trained_by(self.hierarchy, stage)}{hint}"
+            )
         total = counts[stage].sum()
-        shares = counts[stage] / total if total else np.full(len(counts[stage]), 1 / len(counts[stage]))
+        shares = (
+            counts[stage] / total if total else np.full(len(counts[stage]), 1 / len(counts[stage]))
+        )
         winner = int(shares.argmax())
         name = list(self.hierarchy.class_names(stage))[winner]
-        return dict(type=name, share=float(shares[winner]), blocks=int(total), shares=shares.astype(np.float32), winner=winner)
+        return dict(
+            type=name,
+            share=float(shares[winner]),
+            blocks=int(total),
+            shares=shares.astype(np.float32),
+            winner=winner,
+        )
 
     @classmethod
     def from_run(
         cls,
-        models_dir,  # folder with `stage1_model_best.pt`, `stage2_model_best.pt`, `stage3_RECT_model_best.pt`, …
+        # folder with `stage1_model_best.pt`, `stage2_model_best.pt`, `stage3_RECT_model_best.pt`, …
+        models_dir,
         hierarchy,  # a `Hierarchy`, or the name of one
-        split_hash=None,  # hash of the split that every checkpoint must have been trained on; None: the one they agree on
+        # hash of the split that every checkpoint must have been trained on; None: the one they
+        # agree on
+        split_hash=None,
         fallback=None,  # as in `Pipeline`
-        vote="majority",  # how the members of an ensemble vote: "majority", "soft", or "weighted" by the macro-F1 of their checkpoints
+        # how the members of an ensemble vote: "majority", "soft", or "weighted" by the macro-F1 of
+        # their checkpoints
+        vote="majority",
         **options,  # thresholds, symmetries, bf16, device
     ):
-        """The pipeline of a run's best checkpoints. Raises FileNotFoundError that names the stages without a checkpoint and the notebooks
-        that make them, and CheckpointError for a checkpoint that is damaged, of another stage, or of another split.
+        """The pipeline of a run's best checkpoints.
+
+        Raises FileNotFoundError that names the stages without a checkpoint and the notebooks that
+        make them, and CheckpointError for a checkpoint that is damaged, of another stage, or of
+        another split.
         """
         hierarchy, models_dir = find_hierarchy(hierarchy), Path(models_dir)
-        paths = {stage: find_checkpoints(models_dir, hierarchy, stage) for stage in hierarchy.stage_names}
+        paths = {
+            stage: find_checkpoints(models_dir, hierarchy, stage) for stage in hierarchy.stage_names
+        }
         absent = [stage for stage, found in paths.items() if not found]
         if absent and fallback is None:
             wanted = "; ".join(
@@ -266,7 +373,8 @@ class Pipeline:
                 for stage in absent
             )
             raise FileNotFoundError(
-                f"{models_dir} lacks the checkpoint of {len(absent)} of {len(paths)} stages of {hierarchy.name!r}: {wanted}"
+                f"{models_dir} lacks the checkpoint of {len(absent)} of {len(paths)} stages of"
+                f" {hierarchy.name!r}: {wanted}"
             )
         models, hashes, sides = {}, {}, {}
         for stage, found in paths.items():
@@ -282,8 +390,8 @@ class Pipeline:
                     scores = [content.get("metrics", {}).get("macro_f1") for _, content in loaded]
                     if None in scores:
                         raise CheckpointError(
-                            f"{found[scores.index(None)]} does not hold metrics with a macro_f1, which vote='weighted' needs: use majority"
-                            " or soft"
+                            f"{found[scores.index(None)]} does not hold metrics with a macro_f1,"
+                            " which vote='weighted' needs: use majority or soft"
                         )
                     weights = scores
                 models[stage] = Ensemble([model for model, _ in loaded], vote, weights)
@@ -293,7 +401,8 @@ class Pipeline:
             if len(set(values.values())) > 1:
                 raise CheckpointError(
                     f"the checkpoints in {models_dir} were trained on different {what}:"
-                    f" {', '.join(f'{name} {value}' for name, value in values.items())}; train them again on one"
+                    f" {', '.join(f'{name} {value}' for name, value in values.items())}; train them"
+                    " again on one"
                 )
         return cls(
             hierarchy,
@@ -307,17 +416,34 @@ class Pipeline:
 
     def _check(self, samples, qps, stages):
         "Refuse samples that the models of these stages could not use."
-        if not isinstance(samples, torch.Tensor) or samples.dtype != torch.uint16 or samples.ndim != 4 or samples.shape[1] != 1:
-            found = f"{samples.dtype} {list(samples.shape)}" if isinstance(samples, torch.Tensor) else type(samples).__name__
-            raise ValueError(f"the pipeline takes blocks as a uint16 tensor [N,1,H,W], as a BlockSet holds them, but got {found}")
+        if (
+            not isinstance(samples, torch.Tensor)
+            or samples.dtype != torch.uint16
+            or samples.ndim != 4
+            or samples.shape[1] != 1
+        ):
+            found = (
+                f"{samples.dtype} {list(samples.shape)}"
+                if isinstance(samples, torch.Tensor)
+                else type(samples).__name__
+            )
+            raise ValueError(
+                "the pipeline takes blocks as a uint16 tensor [N,1,H,W], as a BlockSet holds them,"
+                f" but got {found}"
+            )
         if self.side is not None and tuple(samples.shape[2:]) != (self.side, self.side):
             raise ValueError(
-                f"the models were trained on blocks of {self.side}×{self.side} pixels, margins included, but these have"
-                f" {samples.shape[2]}×{samples.shape[3]}"
+                f"the models were trained on blocks of {self.side}×{self.side} pixels, margins"
+                f" included, but these have {samples.shape[2]}×{samples.shape[3]}"
             )
-        needing = [stage for stage in stages if stage in self.models and self.models[stage].uses_qindex]
+        needing = [
+            stage for stage in stages if stage in self.models and self.models[stage].uses_qindex
+        ]
         if needing and (qps is None or len(qps) != len(samples)):
-            raise ValueError(f"the models of {', '.join(needing)} need the qindex of every block: pass qps, {len(samples)} values")
+            raise ValueError(
+                f"the models of {', '.join(needing)} need the qindex of every block: pass qps,"
+                f" {len(samples)} values"
+            )
 
     def _probabilities(self, model, stage, x, qindex):
         "Probabilities [B,C] of one model, averaged over the symmetries where there are any."
@@ -325,7 +451,11 @@ class Pipeline:
         def plain(blocks):
             return model.probabilities(blocks.contiguous(memory_format=torch.channels_last), qindex)
 
-        return plain(x) if self.symmetries is None else tta(plain, x, self.hierarchy, stage, self.symmetries)
+        return (
+            plain(x)
+            if self.symmetries is None
+            else tta(plain, x, self.hierarchy, stage, self.symmetries)
+        )
 
     @torch.inference_mode()
     def stage_output(
@@ -340,7 +470,8 @@ class Pipeline:
         if stage in self.fallback:
             shares = self.fallback[stage]["shares"]
             return StageOutput(
-                np.full(len(samples), self.fallback[stage]["winner"]), np.broadcast_to(shares, (len(samples), len(shares))).copy()
+                np.full(len(samples), self.fallback[stage]["winner"]),
+                np.broadcast_to(shares, (len(samples), len(shares))).copy(),
             )
         model, parts = self.models[stage], []
         members = list(model.models) if isinstance(model, Ensemble) else [model]
@@ -348,30 +479,56 @@ class Pipeline:
             x = to_float(samples[start : start + batch_size]).to(self.device)
             qindex = qps[start : start + batch_size].to(self.device) if model.uses_qindex else None
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                parts.append(torch.stack([self._probabilities(member, stage, x, qindex).float() for member in members]).cpu())
+                parts.append(
+                    torch.stack([
+                        self._probabilities(member, stage, x, qindex).float() for member in members
+                    ]).cpu()
+                )
         classes = self.hierarchy.n_classes(stage)
         probabilities = torch.cat(parts, dim=1) if parts else torch.zeros(len(members), 0, classes)
         if isinstance(model, Ensemble):
             votes = combine_votes(probabilities, model.vote, model.weights)
-            return StageOutput(votes.classes.numpy(), votes.probabilities.numpy(), votes.agreement.numpy())
-        return StageOutput(decide(probabilities[0].numpy(), self.thresholds.get(stage)), probabilities[0].numpy())
+            return StageOutput(
+                votes.classes.numpy(), votes.probabilities.numpy(), votes.agreement.numpy()
+            )
+        return StageOutput(
+            decide(probabilities[0].numpy(), self.thresholds.get(stage)), probabilities[0].numpy()
+        )
 
     def stage_outputs(self, samples, qps=None, batch_size=512):
-        """Stage → `StageOutput` of *every* stage on *every* block, without routing: for threshold searches and oracles. Arguments as for
-        `predict`.
+        """Stage → `StageOutput` of *every* stage on *every* block, without routing: for threshold
+        searches and oracles.
+
+        Arguments as for `predict`.
         """
-        return {stage: self.stage_output(stage, samples, qps, batch_size) for stage in self.hierarchy.stage_names}
+        return {
+            stage: self.stage_output(stage, samples, qps, batch_size)
+            for stage in self.hierarchy.stage_names
+        }
 
     def predict(
         self,
         samples,  # uint16 [N,1,H,W], as a `BlockSet` holds them
-        qps=None,  # qindex of every block, int [N]; needed by models that were built with qindex=True
+        # qindex of every block, int [N]; needed by models that were built with qindex=True
+        qps=None,
         batch_size=512,  # blocks at a time; lower it when memory runs out
-        unrouted=False,  # also keep what every stage says of every block: needed by `report` and `attribute_errors`, and slower
+        # also keep what every stage says of every block: needed by `report` and `attribute_errors`,
+        # and slower
+        unrouted=False,
     ):
-        "`Predictions`: each stage sees only the blocks that reach it. Raises ValueError for samples of another type or size."
+        """`Predictions`: each stage sees only the blocks that reach it.
+
+        Raises ValueError for samples of another type or size.
+        """
         self._check(samples, qps, self.hierarchy.stage_names)
-        count, classes, probabilities, agreement, seconds, outputs = len(samples), {}, {}, {}, {}, {}
+        count, classes, probabilities, agreement, seconds, outputs = (
+            len(samples),
+            {},
+            {},
+            {},
+            {},
+            {},
+        )
         for stage in self.hierarchy.stage_names:
             here = np.flatnonzero(self.hierarchy.route(stage, classes, count))
             started = time.perf_counter()
@@ -379,18 +536,28 @@ class Pipeline:
                 outputs[stage] = self.stage_output(stage, samples, qps, batch_size)
                 found = StageOutput(*(
                     None if values is None else values[here]
-                    for values in (outputs[stage].classes, outputs[stage].probabilities, outputs[stage].agreement)
+                    for values in (
+                        outputs[stage].classes,
+                        outputs[stage].probabilities,
+                        outputs[stage].agreement,
+                    )
                 ))
             else:
                 reached = torch.from_numpy(here)
                 some = (
-                    samples if len(here) == count else samples.view(torch.int16)[reached].view(torch.uint16)
+                    samples
+                    if len(here) == count
+                    else samples.view(torch.int16)[reached].view(torch.uint16)
                 )  # indexing knows no uint16; only bits are moved
-                found = self.stage_output(stage, some, None if qps is None else qps[reached], batch_size)
+                found = self.stage_output(
+                    stage, some, None if qps is None else qps[reached], batch_size
+                )
             seconds[stage] = time.perf_counter() - started
             classes[stage] = np.full(count, -1)
             classes[stage][here] = found.classes
-            probabilities[stage] = np.full((count, found.probabilities.shape[1]), np.nan, np.float32)
+            probabilities[stage] = np.full(
+                (count, found.probabilities.shape[1]), np.nan, np.float32
+            )
             probabilities[stage][here] = found.probabilities
             if found.agreement is not None:
                 agreement[stage] = np.full(count, np.nan, np.float32)
@@ -400,7 +567,10 @@ class Pipeline:
             for stage, model in self.models.items()
             if self.hierarchy.n_classes(stage) == 2 and not isinstance(model, Ensemble)
         }
-        said = {stage: {key: entry[key] for key in ("type", "share", "blocks")} for stage, entry in self.fallback.items()}
+        said = {
+            stage: {key: entry[key] for key in ("type", "share", "blocks")}
+            for stage, entry in self.fallback.items()
+        }
         return Predictions(
             self.hierarchy,
             self.hierarchy.final(classes),
@@ -419,12 +589,18 @@ def type_probabilities(
     outputs,  # stage → StageOutput of all blocks (`Predictions.unrouted`, `Pipeline.stage_outputs`)
     hierarchy,  # the `Hierarchy`
 ):
-    "Probability of each of the ten types, float64 [N,10], rows sum to 1; types that the hierarchy cannot name have 0."
+    """Probability of each of the ten types, float64 [N,10], rows sum to 1; types that the hierarchy
+    cannot name have 0.
+    """
     blocks = len(next(iter(outputs.values())).classes)
-    result, arriving = np.zeros((blocks, len(PartitionType))), {hierarchy.stage_names[0]: np.ones(blocks)}
+    result, arriving = np.zeros((blocks, len(PartitionType))), {
+        hierarchy.stage_names[0]: np.ones(blocks)
+    }
     for stage in hierarchy.stages:
         probabilities = np.asarray(outputs[stage.name].probabilities, np.float64)
-        probabilities = probabilities / probabilities.sum(1, keepdims=True) * arriving[stage.name][:, None]
+        probabilities = (
+            probabilities / probabilities.sum(1, keepdims=True) * arriving[stage.name][:, None]
+        )
         for i, (name, types) in enumerate(stage.classes.items()):
             below = hierarchy.child(stage.name, name)
             if below is None:
@@ -445,39 +621,64 @@ class ThresholdSearch:
     objective: str  # what was maximised
     best: float  # the threshold
     value: float  # the objective there
-    table: pd.DataFrame  # one row a threshold: `threshold`, the three objectives, `share` of the stage's blocks in class 1
+    # one row a threshold: `threshold`, the three objectives, `share` of the stage's blocks in class
+    # 1
+    table: pd.DataFrame
 
 
 def search_thresholds(
     pipeline,  # `Pipeline`; it is not changed
     block_set,  # validation `BlockSet`
-    objective="accuracy",  # "stage_macro_f1": macro-F1 of the stage; "accuracy", "macro_f1": of the ten final types
+    # "stage_macro_f1": macro-F1 of the stage; "accuracy", "macro_f1": of the ten final types
+    objective="accuracy",
     stage=None,  # a two-class stage with one model; None: the first stage
-    thresholds=None,  # increasing thresholds in (0,1); None: 0.01, 0.02, …, 0.99, and where fewer than 20 of these tell blocks apart also the percentiles of the probabilities
+    # increasing thresholds in (0,1); None: 0.01, 0.02, …, 0.99, and where fewer than 20 of these
+    # tell blocks apart also the percentiles of the probabilities
+    thresholds=None,
     outputs=None,  # `pipeline.stage_outputs` of the same blocks, to save computing them again
     batch_size=512,  # blocks at a time
 ):
-    """`ThresholdSearch`. Of equally good thresholds the one nearest 0.5 is the best. Raises ValueError for blocks that are not validation
-    blocks, for another split, and for a stage without a threshold.
+    """`ThresholdSearch`.
+
+    Of equally good thresholds the one nearest 0.5 is the best. Raises ValueError for blocks that
+    are not validation blocks, for another split, and for a stage without a threshold.
     """
     hierarchy = pipeline.hierarchy
     stage = stage or hierarchy.stage_names[0]
     if block_set.split != "val":
         raise ValueError(
-            f"thresholds are chosen on validation blocks, but these are {block_set.split!r} blocks: choosing on the blocks that are"
-            " reported on flatters the result"
+            f"thresholds are chosen on validation blocks, but these are {block_set.split!r} blocks:"
+            " choosing on the blocks that are reported on flatters the result"
         )
     require_same_split(pipeline.split_hash, block_set)
     if objective not in OBJECTIVES:
-        raise ValueError(f"there is no objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
-    if hierarchy.n_classes(stage) != 2 or isinstance(pipeline.models.get(stage), (Ensemble, type(None))):
-        raise ValueError(f"a threshold belongs to a two-class stage with one model, but {stage!r} of hierarchy {hierarchy.name!r} is none")
-    grid = np.round(np.arange(1, 100) / 100, 2) if thresholds is None else np.asarray(thresholds, np.float64)
-    if grid.ndim != 1 or not len(grid) or grid[0] <= 0 or grid[-1] >= 1 or (np.diff(grid) <= 0).any():
+        raise ValueError(
+            f"there is no objective {objective!r}: choose one of {', '.join(OBJECTIVES)}"
+        )
+    if hierarchy.n_classes(stage) != 2 or isinstance(
+        pipeline.models.get(stage), (Ensemble, type(None))
+    ):
+        raise ValueError(
+            f"a threshold belongs to a two-class stage with one model, but {stage!r} of hierarchy"
+            f" {hierarchy.name!r} is none"
+        )
+    grid = (
+        np.round(np.arange(1, 100) / 100, 2)
+        if thresholds is None
+        else np.asarray(thresholds, np.float64)
+    )
+    if (
+        grid.ndim != 1
+        or not len(grid)
+        or grid[0] <= 0
+        or grid[-1] >= 1
+        or (np.diff(grid) <= 0).any()
+    ):
         raise ValueError("thresholds must be increasing numbers between 0 and 1")
     outputs = outputs or pipeline.stage_outputs(block_set.samples, block_set.qps, batch_size)
     scores = np.asarray(outputs[stage].probabilities[:, 1], np.float64)
-    if thresholds is None and len(np.unique(np.searchsorted(grid, scores, side="right"))) < 20:  # a high temperature crowds them together
+    # a high temperature crowds them together
+    if thresholds is None and len(np.unique(np.searchsorted(grid, scores, side="right"))) < 20:
         between = np.percentile(scores, np.arange(1, 100))
         grid = np.union1d(grid, between[(between > 0) & (between < 1)])
     true = block_set.types.cpu().numpy()
@@ -486,11 +687,17 @@ def search_thresholds(
     passed = np.searchsorted(grid, scores, side="right")  # how many thresholds the block reaches
 
     def confusions(truth, fate0, fate1, size):
-        "Confusion matrices [thresholds, size, size]: class-1 fates of the blocks that reach the threshold, class-0 fates of the others."
+        """Confusion matrices [thresholds, size, size]: class-1 fates of the blocks that reach the
+        threshold, class-0 fates of the others.
+        """
 
         def histogram(fate):
             cell = (passed * size + truth) * size + fate
-            return np.bincount(cell, minlength=(len(grid) + 1) * size * size).reshape(-1, size, size).cumsum(0)
+            return (
+                np.bincount(cell, minlength=(len(grid) + 1) * size * size)
+                .reshape(-1, size, size)
+                .cumsum(0)
+            )
 
         below0, below1 = histogram(fate0), histogram(fate1)
         return below0[:-1] + below1[-1] - below1[:-1]
@@ -501,7 +708,9 @@ def search_thresholds(
     if not inside.any():
         raise ValueError(f"none of the {len(true)} validation blocks belongs to stage {stage!r}")
     passed = passed[inside]
-    own = confusions(labels[inside], np.zeros(inside.sum(), np.int64), np.ones(inside.sum(), np.int64), 2)
+    own = confusions(
+        labels[inside], np.zeros(inside.sum(), np.int64), np.ones(inside.sum(), np.int64), 2
+    )
     table = pd.DataFrame(
         dict(
             threshold=grid,
@@ -523,8 +732,8 @@ def require_same_split(
     "Raise ValueError if the blocks are of another split than the models."
     if split_hash is not None and block_set.split_hash != split_hash:
         raise ValueError(
-            f"the models were trained on the split {split_hash}, but these blocks are of the split {block_set.split_hash}: their test"
-            " blocks may be training blocks here"
+            f"the models were trained on the split {split_hash}, but these blocks are of the split"
+            f" {block_set.split_hash}: their test blocks may be training blocks here"
         )
 
 # %% ../nbs/10_pipeline.ipynb #d90a84e5
@@ -535,10 +744,14 @@ def lost_at(
     predictions,  # `Predictions`
     types,  # true types [N], 0–9
 ):
-    "For each block `\"right\"`, `\"uncovered\"`, or the name of the stage that lost it: object array [N]."
+    """For each block `"right"`, `"uncovered"`, or the name of the stage that lost it: object array
+    [N].
+    """
     hierarchy, types = predictions.hierarchy, np.asarray(types)
     if len(types) != len(predictions):
-        raise ValueError(f"there are predictions for {len(predictions)} blocks, but {len(types)} true types")
+        raise ValueError(
+            f"there are predictions for {len(predictions)} blocks, but {len(types)} true types"
+        )
     result = np.full(len(types), "", object)
     result[np.isin(types, hierarchy.uncovered)] = UNCOVERED
     result[predictions.types == types] = RIGHT
@@ -551,22 +764,40 @@ def attribute_errors(
     predictions,  # `Predictions` with `unrouted`
     types,  # true types [N], 0–9
 ):
-    """DataFrame, one row for what became of the blocks (`right`, each stage, `uncovered`): `blocks`, `share`; for stages also `oracle`
-    (accuracy if only this stage were perfect), `gain` over the actual accuracy, and `cumulative` (accuracy if this stage and all
-    before it were perfect). Raises ValueError without `unrouted`.
+    """DataFrame, one row for what became of the blocks (`right`, each stage, `uncovered`):
+    `blocks`, `share`; for stages also `oracle` (accuracy if only this stage were perfect),
+    `gain` over the actual accuracy, and `cumulative` (accuracy if this stage and all before it
+    were perfect).
+
+    Raises ValueError without `unrouted`.
     """
     if predictions.unrouted is None:
-        raise ValueError("oracles need what every stage says of every block: call predict(…, unrouted=True)")
+        raise ValueError(
+            "oracles need what every stage says of every block: call predict(…, unrouted=True)"
+        )
     hierarchy, types = predictions.hierarchy, np.asarray(types)
     where, actual = lost_at(predictions, types), float(np.mean(predictions.types == types))
     labels = hierarchy.labels(types)
     answers = {stage: output.classes for stage, output in predictions.unrouted.items()}
-    perfect = {stage: np.where(labels[stage] >= 0, labels[stage], answers[stage]) for stage in answers}
+    perfect = {
+        stage: np.where(labels[stage] >= 0, labels[stage], answers[stage]) for stage in answers
+    }
     rows, above = [dict(lost_at=RIGHT, blocks=int((where == RIGHT).sum()))], dict(answers)
     for stage in hierarchy.stage_names:
         above[stage] = perfect[stage]
-        alone, cumulative = (float(np.mean(hierarchy.final(classes) == types)) for classes in ({**answers, stage: perfect[stage]}, above))
-        rows.append(dict(lost_at=stage, blocks=int((where == stage).sum()), oracle=alone, gain=alone - actual, cumulative=cumulative))
+        alone, cumulative = (
+            float(np.mean(hierarchy.final(classes) == types))
+            for classes in ({**answers, stage: perfect[stage]}, above)
+        )
+        rows.append(
+            dict(
+                lost_at=stage,
+                blocks=int((where == stage).sum()),
+                oracle=alone,
+                gain=alone - actual,
+                cumulative=cumulative,
+            )
+        )
     rows.append(dict(lost_at=UNCOVERED, blocks=int((where == UNCOVERED).sum())))
     table = pd.DataFrame(rows).set_index("lost_at")
     table.insert(1, "share", table.blocks / len(types))
@@ -584,7 +815,10 @@ QUESTIONS = {  # name → {class: its types}: the same questions for every hiera
 
 def _class_of_type(classes):
     "int64 [10]: number of the class that a type belongs to, −1 for types of no class."
-    return np.array([next((i for i, types in enumerate(classes.values()) if t in types), -1) for t in PartitionType])
+    return np.array([
+        next((i for i, types in enumerate(classes.values()) if t in types), -1)
+        for t in PartitionType
+    ])
 
 
 def _part(truth, decided, names, probabilities=None, here=None):
@@ -592,7 +826,9 @@ def _part(truth, decided, names, probabilities=None, here=None):
     here = truth >= 0 if here is None else here
     if not here.any():
         return None
-    return classification_report(truth[here], decided[here], names, None if probabilities is None else probabilities[here])
+    return classification_report(
+        truth[here], decided[here], names, None if probabilities is None else probabilities[here]
+    )
 
 
 def report(
@@ -600,9 +836,12 @@ def report(
     block_set,  # the `BlockSet` of the same blocks
     train_types=None,  # types of the training blocks [M]: adds the baselines that follow from them
 ):
-    """Nested dict of plain values, ready for JSON: `ten`, `top_k`, `comparable`, `stages` (each `true` and `routed`), `attribution`,
-    `uncovered`, `fallback`, `baselines` and what it was computed on; `seconds` of a stage are for all the blocks, not only the routed ones.
-    A part without a block is None. Raises ValueError for predictions without `unrouted`, of other blocks, or of another split.
+    """Nested dict of plain values, ready for JSON: `ten`, `top_k`, `comparable`, `stages` (each
+    `true` and `routed`), `attribution`, `uncovered`, `fallback`, `baselines` and what it was
+    computed on; `seconds` of a stage are for all the blocks, not only the routed ones.
+
+    A part without a block is None. Raises ValueError for predictions without `unrouted`, of other
+    blocks, or of another split.
     """
     hierarchy, types = predictions.hierarchy, block_set.types.cpu().numpy()
     require_same_split(predictions.split_hash, block_set)
@@ -612,7 +851,9 @@ def report(
     found_baselines = {}
 
     def compare(name, class_of, names):
-        "Keep the baselines of one question, where training blocks were given and the question arises in both sets."
+        """Keep the baselines of one question, where training blocks were given and the question
+        arises in both sets.
+        """
         if learned is None:
             return
         before, now = (values[values >= 0] for values in (class_of[learned], class_of[types]))
@@ -625,12 +866,18 @@ def report(
         if set(np.flatnonzero(class_of >= 0)) <= set(hierarchy.uncovered):
             comparable[name] = None
             continue
-        decided = class_of[predictions.types] if (class_of >= 0).all() else scores[:, members].argmax(1)
+        decided = (
+            class_of[predictions.types] if (class_of >= 0).all() else scores[:, members].argmax(1)
+        )
         comparable[name] = _part(class_of[types], decided, list(classes))
         compare(name, class_of, list(classes))
     stages = {}
     for stage in hierarchy.stages:
-        truth, output, names = stage.class_of_type[types], predictions.unrouted[stage.name], list(stage.classes)
+        truth, output, names = (
+            stage.class_of_type[types],
+            predictions.unrouted[stage.name],
+            list(stage.classes),
+        )
         does = predictions.classes[stage.name] >= 0
         stages[stage.name] = dict(
             true=_part(truth, output.classes, names, output.probabilities),
@@ -662,13 +909,16 @@ def report(
 def summary(
     full,  # result of `report`
 ):
-    """DataFrame, one row a part of a report: `blocks`, `accuracy`, `macro_f1`, `baseline_accuracy`, `baseline_macro_f1` (the best of the
-    baselines, NaN where there is none).
+    """DataFrame, one row a part of a report: `blocks`, `accuracy`, `macro_f1`, `baseline_accuracy`,
+    `baseline_macro_f1` (the best of the baselines, NaN where there is none).
     """
     parts = {"ten types": (full["ten"], "ten")}
     parts |= {name: (entry, name) for name, entry in full["comparable"].items()}
     for stage, entry in full["stages"].items():
-        parts |= {f"stage {stage}, true": (entry["true"], stage), f"stage {stage}, routed": (entry["routed"], None)}
+        parts |= {
+            f"stage {stage}, true": (entry["true"], stage),
+            f"stage {stage}, routed": (entry["routed"], None),
+        }
     rows = []
     for name, (entry, baseline) in parts.items():
         if entry is None:
@@ -680,7 +930,10 @@ def summary(
                 blocks=entry["blocks"],
                 accuracy=entry["accuracy"],
                 macro_f1=entry["macro_f1"],
-                **{f"baseline_{what}": max((rival[what] for rival in rivals), default=np.nan) for what in ("accuracy", "macro_f1")},
+                **{
+                    f"baseline_{what}": max((rival[what] for rival in rivals), default=np.nan)
+                    for what in ("accuracy", "macro_f1")
+                },
             )
         )
     return pd.DataFrame(rows).set_index("part")
@@ -693,27 +946,55 @@ def headline(
     n=1000,  # resampled test sets for the intervals
     seed=42,  # of the resampling
 ):
-    """List of dicts, one a stage that has blocks and one for the pipeline: `stage`, `metric`, `value`, `low`, `high` (95 % bootstrap
-    interval, by sequence where there are at least two), `baseline` (the best), `baseline_name`, `blocks`, `sequences`. Raises ValueError
-    for a report without baselines.
+    """List of dicts, one a stage that has blocks and one for the pipeline: `stage`, `metric`,
+    `value`, `low`, `high` (95 % bootstrap interval, by sequence where there are at least two),
+    `baseline` (the best), `baseline_name`, `blocks`, `sequences`.
+
+    Raises ValueError for a report without baselines.
     """
     if not full["baselines"]:
-        raise ValueError("a headline needs baselines: call report(predictions, block_set, train_types)")
+        raise ValueError(
+            "a headline needs baselines: call report(predictions, block_set, train_types)"
+        )
     types, sequence = block_set.types.cpu().numpy(), block_set.sequence.cpu().numpy()
     parts = [
-        (stage.name, "macro-F1", "macro_f1", stage.class_of_type[types], predictions.unrouted[stage.name].classes, stage.name)
+        (
+            stage.name,
+            "macro-F1",
+            "macro_f1",
+            stage.class_of_type[types],
+            predictions.unrouted[stage.name].classes,
+            stage.name,
+        )
         for stage in predictions.hierarchy.stages
     ]
     rows = []
-    for stage, metric, key, truth, decided, baseline in [*parts, ("pipeline", "accuracy", "accuracy", types, predictions.types, "ten")]:
+    for stage, metric, key, truth, decided, baseline in [
+        *parts,
+        ("pipeline", "accuracy", "accuracy", types, predictions.types, "ten"),
+    ]:
         here, rivals = truth >= 0, full["baselines"][baseline]
         if not here.any() or not rivals:
             continue
         entry = full["ten"] if stage == "pipeline" else full["stages"][stage]["true"]
         name = max(rivals, key=lambda rival: rivals[rival][key])
         sequences = len(np.unique(sequence[here]))
-        low, high = bootstrap_interval(truth[here], decided[here], key, sequence[here] if sequences > 1 else None, n=n, seed=seed)
-        values = dict(value=entry[key], low=low, high=high, baseline=rivals[name][key], baseline_name=name, blocks=entry["blocks"])
+        low, high = bootstrap_interval(
+            truth[here],
+            decided[here],
+            key,
+            sequence[here] if sequences > 1 else None,
+            n=n,
+            seed=seed,
+        )
+        values = dict(
+            value=entry[key],
+            low=low,
+            high=high,
+            baseline=rivals[name][key],
+            baseline_name=name,
+            blocks=entry["blocks"],
+        )
         rows.append(dict(stage=stage, metric=metric, **values, sequences=sequences))
     return rows
 
@@ -723,13 +1004,25 @@ def coverage_table(
     types,  # true types [N]
     coverages=(0.1, 0.25, 0.5, 0.75, 1.0),  # shares of the blocks, surest first, each in (0,1]
 ):
-    "DataFrame: `coverage`, `blocks`, `confidence` (of the least sure block among them), `accuracy` among them. El-Yaniv, Wiener 2010."
+    """DataFrame: `coverage`, `blocks`, `confidence` (of the least sure block among them),
+    `accuracy` among them.
+
+    El-Yaniv, Wiener 2010.
+    """
     types, confidence = np.asarray(types), predictions.confidence
     if len(types) != len(confidence) or not len(types):
-        raise ValueError(f"there are predictions for {len(confidence)} blocks, but {len(types)} true types; both must be equal and not 0")
+        raise ValueError(
+            f"there are predictions for {len(confidence)} blocks, but {len(types)} true types; both"
+            " must be equal and not 0"
+        )
     order = np.argsort(-confidence, kind="stable")
     hits = (predictions.types == types)[order].cumsum()
     blocks = np.maximum(np.ceil(np.asarray(coverages) * len(types) - 1e-9).astype(int), 1)
     return pd.DataFrame(
-        dict(coverage=coverages, blocks=blocks, confidence=confidence[order][blocks - 1], accuracy=hits[blocks - 1] / blocks)
+        dict(
+            coverage=coverages,
+            blocks=blocks,
+            confidence=confidence[order][blocks - 1],
+            accuracy=hits[blocks - 1] / blocks,
+        )
     )

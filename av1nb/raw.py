@@ -37,40 +37,82 @@ from openpyxl.writer.excel import ExcelWriter
 from tqdm import tqdm
 
 from .partitions import MI, SIZES, SQUARE_CODE, PartitionType, is_inside, legal_types, mi_shape
-from .streams import CQ_FOR_QINDEX, DISK_FULL, atomic_file, compiled, disk_full, encode, make_folder, read_trees, remove_empty
+from av1nb.streams import (
+    CQ_FOR_QINDEX,
+    DISK_FULL,
+    atomic_file,
+    compiled,
+    disk_full,
+    encode,
+    make_folder,
+    read_trees,
+    remove_empty,
+)
 
 # %% ../nbs/02_raw.ipynb #b2a22ce2
 NODE_COLUMNS = ("frame", "order_hint", "frame_type", "size", "row", "col", "type", "qindex")
 _LARGEST_SIDE = 65536  # of an AV1 frame
 _LEGAL = np.zeros((129, 10), bool)
-for _size in SIZES: _LEGAL[_size, list(legal_types(_size))] = True
+for _size in SIZES:
+    _LEGAL[_size, list(legal_types(_size))] = True
 
 
 def find_bad_node(
     nodes: pd.DataFrame,  # node table (pixels)
     width: int | None = None,  # frame width in pixels, where known
     height: int | None = None,  # frame height in pixels, where known
-) -> tuple[int, str] | None:  # position of the first bad row and what is wrong with it; None if all are good
+    # position of the first bad row and what is wrong with it; None if all are good
+) -> tuple[int, str] | None:
     "Check every node against the rules of AV1 and of the frame."
-    order_hint, frame_type, size, row, col, ptype, qindex = (nodes[c].to_numpy() for c in NODE_COLUMNS[1:])
+    order_hint, frame_type, size, row, col, ptype, qindex = (
+        nodes[c].to_numpy() for c in NODE_COLUMNS[1:]
+    )
     right, bottom = width or _LARGEST_SIDE, height or _LARGEST_SIDE
     sane_size, sane_type = np.isin(size, SIZES), (ptype >= 0) & (ptype <= 9)
     side = np.where(sane_size, size, 8)
 
-    def block(i): return f"the {size[i]}×{size[i]} block at row {row[i]}, column {col[i]} (pixels)"
+    def block(i):
+        return f"the {size[i]}×{size[i]} block at row {row[i]}, column {col[i]} (pixels)"
+
     checks = (
-        (~sane_size, lambda i: f"a node of {size[i]}×{size[i]} pixels does not exist; sizes are 8, 16, 32, 64 and 128"),
-        ((row < 0) | (col < 0) | (row >= bottom) | (col >= right), lambda i: f"{block(i)} lies outside the {right}×{bottom} frame"),
-        ((row % side != 0) | (col % side != 0), lambda i: f"{block(i)} is off the grid: row and column must be multiples of {size[i]}"),
+        (
+            ~sane_size,
+            lambda i: (
+                f"a node of {size[i]}×{size[i]} pixels does not exist; sizes are 8, 16, 32, 64"
+                " and 128"
+            ),
+        ),
+        (
+            (row < 0) | (col < 0) | (row >= bottom) | (col >= right),
+            lambda i: f"{block(i)} lies outside the {right}×{bottom} frame",
+        ),
+        (
+            (row % side != 0) | (col % side != 0),
+            lambda i: f"{block(i)} is off the grid: row and column must be multiples of {size[i]}",
+        ),
         (~sane_type, lambda i: f"{block(i)} has the partition type {ptype[i]}; allowed is 0–9"),
-        (sane_type & ~_LEGAL[side, np.clip(ptype, 0, 9)], lambda i: f"{block(i)} has the partition type {ptype[i]}, which AV1 does not "
-                                                                    "allow at that size"),
-        ((qindex < 0) | (qindex > 255), lambda i: f"{block(i)} has the qindex {qindex[i]}; allowed is 0–255"),
-        ((frame_type < 0) | (frame_type > 1), lambda i: f"{block(i)} has the frame type {frame_type[i]}; allowed is 0 (intra) and 1 "
-                                                        "(inter)"),
+        (
+            sane_type & ~_LEGAL[side, np.clip(ptype, 0, 9)],
+            lambda i: (
+                f"{block(i)} has the partition type {ptype[i]}, which AV1 does not "
+                "allow at that size"
+            ),
+        ),
+        (
+            (qindex < 0) | (qindex > 255),
+            lambda i: f"{block(i)} has the qindex {qindex[i]}; allowed is 0–255",
+        ),
+        (
+            (frame_type < 0) | (frame_type > 1),
+            lambda i: (
+                f"{block(i)} has the frame type {frame_type[i]}; allowed is 0 (intra) and 1 (inter)"
+            ),
+        ),
         (order_hint < 0, lambda i: f"{block(i)} has the negative order hint {order_hint[i]}"),
     )
-    found = min(((int(bad.argmax()), k) for k, (bad, _) in enumerate(checks) if bad.any()), default=None)
+    found = min(
+        ((int(bad.argmax()), k) for k, (bad, _) in enumerate(checks) if bad.any()), default=None
+    )
     return found and (found[0], checks[found[1]][1](found[0]))
 
 # %% ../nbs/02_raw.ipynb #187b31dc
@@ -82,21 +124,37 @@ def require_nodes(
     width: int | None = None,  # frame width in pixels, where known
     height: int | None = None,  # frame height in pixels, where known
 ) -> pd.DataFrame:  # the eight columns as int64, sorted by frame, size (largest first), row, col
-    "Check a node table and bring it into its standard order. Raises `ValueError` naming the first fault."
+    """Check a node table and bring it into its standard order.
+
+    Raises `ValueError` naming the first fault.
+    """
     if missing := [c for c in NODE_COLUMNS if c not in nodes]:
-        raise ValueError(f"The node table has no column {', '.join(missing)}; it needs {', '.join(NODE_COLUMNS)}.")
+        raise ValueError(
+            f"The node table has no column {', '.join(missing)}; it needs"
+            f" {', '.join(NODE_COLUMNS)}."
+        )
     if not_integer := [c for c in NODE_COLUMNS if nodes[c].dtype.kind not in "iu"]:
-        raise ValueError(f"Column {not_integer[0]} of the node table is {nodes[not_integer[0]].dtype}; all columns must be integers.")
-    if len(nodes) == 0: raise ValueError("The node table is empty.")
+        raise ValueError(
+            f"Column {not_integer[0]} of the node table is {nodes[not_integer[0]].dtype}; all"
+            " columns must be integers."
+        )
+    if len(nodes) == 0:
+        raise ValueError("The node table is empty.")
     nodes = nodes[list(NODE_COLUMNS)].astype(np.int64)
     if nodes["frame"].min() < 0:
-        raise ValueError(f"The node table has the frame {nodes['frame'].min()}; frames are display indexes from 0.")
+        raise ValueError(
+            f"The node table has the frame {nodes['frame'].min()}; frames are display indexes"
+            " from 0."
+        )
     if bad := find_bad_node(nodes, width, height):
         raise ValueError(f"Frame {nodes['frame'].iloc[bad[0]]} of the node table: {bad[1]}.")
     nodes = nodes.sort_values(_PLACE, ascending=[True, False, True, True], ignore_index=True)
     if (twice := nodes.duplicated(_PLACE)).any():
         frame, size, row, col = nodes.loc[twice.idxmax(), _PLACE]
-        raise ValueError(f"Frame {frame} of the node table holds the {size}×{size} block at row {row}, column {col} more than once.")
+        raise ValueError(
+            f"Frame {frame} of the node table holds the {size}×{size} block at row {row}, column"
+            f" {col} more than once."
+        )
     return nodes
 
 # %% ../nbs/02_raw.ipynb #9951387d
@@ -108,31 +166,48 @@ def _malformed(path, data, columns):
         fields = line.split()
         shown = ascii(line[:60].decode("latin-1"))
         if fields and len(fields) != len(columns):
-            return ValueError(f"{path}, line {number}: {len(fields)} fields instead of {len(columns)} ({' '.join(columns)}): {shown}. "
-                              "Repair or remove the line.")
+            return ValueError(
+                f"{path}, line {number}: {len(fields)} fields instead of {len(columns)}"
+                f" ({' '.join(columns)}): {shown}. Repair or remove the line."
+            )
         for name, field in zip(columns, fields):
             if not re.fullmatch(rb"-?\d{1,%d}" % _DIGITS, field):
-                return ValueError(f"{path}, line {number}: {ascii(field[:20].decode('latin-1'))} is not an integer ({name}): {shown}. "
-                                  "Repair or remove the line.")
-    return ValueError(f"{path} does not consist of lines of {len(columns)} integers ({' '.join(columns)}).")
+                return ValueError(
+                    f"{path}, line {number}: {ascii(field[:20].decode('latin-1'))} is not an"
+                    f" integer ({name}): {shown}. Repair or remove the line."
+                )
+    return ValueError(
+        f"{path} does not consist of lines of {len(columns)} integers ({' '.join(columns)})."
+    )
 
 
 def _read_integers(path, columns):
     data = Path(path).read_bytes()
     if not data.translate(None, b"0123456789- \t\r\n"):
         try:
-            found = pd.read_csv(BytesIO(data), sep=r"\s+", header=None, dtype=np.int64, na_filter=False, quoting=3, engine="c")
+            found = pd.read_csv(
+                BytesIO(data),
+                sep=r"\s+",
+                header=None,
+                dtype=np.int64,
+                na_filter=False,
+                quoting=3,
+                engine="c",
+            )
         except pd.errors.EmptyDataError:
             return pd.DataFrame(columns=list(columns), dtype=np.int64)
         except (ValueError, OverflowError) as error:  # the scan below says where
             raise _malformed(path, data, columns) from error
-        if found.shape[1] == len(columns) and (found.abs() < 10 ** _DIGITS).all(axis=None): return found.set_axis(list(columns), axis=1)
+        if found.shape[1] == len(columns) and (found.abs() < 10**_DIGITS).all(axis=None):
+            return found.set_axis(list(columns), axis=1)
     raise _malformed(path, data, columns)
 
 
 def _line_of(path, position):
     "Line number of the entry at `position`; blank lines carry no entry."
-    return [n for n, line in enumerate(Path(path).read_bytes().splitlines(), 1) if line.strip()][position]
+    return [n for n, line in enumerate(Path(path).read_bytes().splitlines(), 1) if line.strip()][
+        position
+    ]
 
 # %% ../nbs/02_raw.ipynb #580b6d85
 def read_ints(
@@ -140,12 +215,18 @@ def read_ints(
     low: int = 0,  # smallest allowed value
     high: int | None = None,  # largest allowed value; None: no limit
 ) -> np.ndarray:  # int64 [lines]
-    "Read one integer a line. Raises `ValueError` naming file and line for anything else or a value out of range."
+    """Read one integer a line.
+
+    Raises `ValueError` naming file and line for anything else or a value out of range.
+    """
     values = _read_integers(path, ("value",))["value"].to_numpy(np.int64)
     bad = (values < low) if high is None else (values < low) | (values > high)
     if bad.any():
         i = int(bad.argmax())
-        raise ValueError(f"{path}, line {_line_of(path, i)}: the value is {values[i]}; allowed is {low}–{'' if high is None else high}.")
+        raise ValueError(
+            f"{path}, line {_line_of(path, i)}: the value is {values[i]}; allowed is"
+            f" {low}–{'' if high is None else high}."
+        )
     return values
 
 # %% ../nbs/02_raw.ipynb #26d6a544
@@ -154,18 +235,27 @@ NOT_CODED, CODED, UNPROVEN = 0, 1, 2
 
 def ancestry(
     nodes: pd.DataFrame,  # node table (pixels) of one or several frames, no node twice
-    sb_size: int | None = None,  # side of a superblock in pixels; None: the largest size in the table
+    # side of a superblock in pixels; None: the largest size in the table
+    sb_size: int | None = None,
     width: int | None = None,  # frame width in pixels, where known
     height: int | None = None,  # frame height in pixels, where known
-) -> np.ndarray:  # uint8 [nodes]: 1 coded, 0 not coded, 2 unproven (an ancestor is not in the table)
-    "Which nodes belong to the coded tree: those whose every ancestor up to the superblock is SPLIT."
+    # uint8 [nodes]: 1 coded, 0 not coded, 2 unproven (an ancestor is not in the table)
+) -> np.ndarray:
+    """Which nodes belong to the coded tree: those whose every ancestor up to the superblock is
+    SPLIT.
+    """
     size, row, col, ptype = (nodes[c].to_numpy() for c in ("size", "row", "col", "type"))
     frame, frames = pd.factorize(nodes["frame"])
     sb_size = int(sb_size or size.max())
     if sb_size < size.max():
-        raise ValueError(f"The log holds a {size.max()}×{size.max()} block, but the superblock size given is {sb_size}.")
+        raise ValueError(
+            f"The log holds a {size.max()}×{size.max()} block, but the superblock size given is"
+            f" {sb_size}."
+        )
     result = np.empty(len(nodes), np.uint8)
-    state = np.full((len(frames), row.max() // sb_size + 1, col.max() // sb_size + 1), CODED, np.uint8)
+    state = np.full(
+        (len(frames), row.max() // sb_size + 1, col.max() // sb_size + 1), CODED, np.uint8
+    )
     for side in (s for s in SIZES if size.min() <= s <= sb_size):
         here = size == side
         at = frame[here], row[here] // side, col[here] // side
@@ -175,11 +265,17 @@ def ancestry(
         absent = known < 0
         if width and height:
             mi_rows, mi_cols = mi_shape(width, height)
-            below, beside = (np.arange(n) * side + side // 2 >= mi * MI for n, mi in zip(state.shape[1:], (mi_rows, mi_cols)))
+            below, beside = (
+                np.arange(n) * side + side // 2 >= mi * MI
+                for n, mi in zip(state.shape[1:], (mi_rows, mi_cols))
+            )
             implied = absent & below[:, None] & beside
-        else: implied = np.zeros_like(absent)
+        else:
+            implied = np.zeros_like(absent)
         split = (known == PartitionType.SPLIT) | implied
-        state = np.where(split, state, np.where(absent & (state != NOT_CODED), UNPROVEN, NOT_CODED)).astype(np.uint8)
+        state = np.where(
+            split, state, np.where(absent & (state != NOT_CODED), UNPROVEN, NOT_CODED)
+        ).astype(np.uint8)
         state = state.repeat(2, 1).repeat(2, 2)
     return result
 
@@ -187,67 +283,109 @@ def ancestry(
 LOG_COLUMNS = ("order_hint", "frame_type", "block_code", "row_mi", "col_mi", "type", "qindex")
 
 
-def _write_columns(path, table): table.to_csv(path, sep=" ", header=False, index=False, lineterminator="\n")
+def _write_columns(path, table):
+    table.to_csv(path, sep=" ", header=False, index=False, lineterminator="\n")
 
 
 def write_partition_log(
     path: str | Path,  # the log, usually `partition_frame_<n>.txt`
     nodes: pd.DataFrame,  # node table of one frame (pixels)
 ) -> None:
-    "Write the log of one frame: seven integers a line, one line a node. Raises `ValueError` for a node that cannot be."
+    """Write the log of one frame: seven integers a line, one line a node.
+
+    Raises `ValueError` for a node that cannot be.
+    """
     nodes = require_nodes(nodes)
     if nodes["frame"].nunique() > 1:
-        raise ValueError(f"{path}: a log holds one frame, but the node table has the frames {sorted(nodes['frame'].unique().tolist())}.")
-    lines = nodes.assign(block_code=nodes["size"].map(SQUARE_CODE), row_mi=nodes["row"] // MI, col_mi=nodes["col"] // MI)
-    with atomic_file(path) as temporary: _write_columns(temporary, lines[list(LOG_COLUMNS)])
+        raise ValueError(
+            f"{path}: a log holds one frame, but the node table has the frames"
+            f" {sorted(nodes['frame'].unique().tolist())}."
+        )
+    lines = nodes.assign(
+        block_code=nodes["size"].map(SQUARE_CODE),
+        row_mi=nodes["row"] // MI,
+        col_mi=nodes["col"] // MI,
+    )
+    with atomic_file(path) as temporary:
+        _write_columns(temporary, lines[list(LOG_COLUMNS)])
 
 # %% ../nbs/02_raw.ipynb #d88f1992
 _SIZE_OF_CODE = np.zeros(256, np.int64)
-for _size in SIZES: _SIZE_OF_CODE[SQUARE_CODE[_size]] = _size
+for _size in SIZES:
+    _SIZE_OF_CODE[SQUARE_CODE[_size]] = _size
 
 
 def _frame_of(path, pattern):
     found = re.search(pattern, Path(path).name)
-    if not found: raise ValueError(f"The name of {path} does not say which frame it is; give frame=….")
+    if not found:
+        raise ValueError(f"The name of {path} does not say which frame it is; give frame=….")
     return int(found[1])
 
 
-def _refuse_line(path, position, why): raise ValueError(f"{path}, line {_line_of(path, position)}: {why}.")
+def _refuse_line(path, position, why):
+    raise ValueError(f"{path}, line {_line_of(path, position)}: {why}.")
 
 
 def _read_log(path, width, height, frame):
     "All nodes of a log (the last line of each), and how many lines were repeated."
     frame = _frame_of(path, r"partition_frame_(\d+)\.txt$") if frame is None else frame
     lines = _read_integers(path, LOG_COLUMNS)
-    if len(lines) == 0: raise ValueError(f"{path} is empty; a log has one line a node.")
+    if len(lines) == 0:
+        raise ValueError(f"{path} is empty; a log has one line a node.")
     code = lines["block_code"].to_numpy()
     size = _SIZE_OF_CODE[np.clip(code, 0, 255)]
     if (unknown := (size == 0) | (code < 0)).any():
         i = int(unknown.argmax())
-        _refuse_line(path, i, f"unknown block code {code[i]}; logs know {', '.join(f'{SQUARE_CODE[s]} ({s}×{s})' for s in SIZES[::-1])}")
-    nodes = lines.assign(frame=frame, size=size, row=lines["row_mi"] * MI, col=lines["col_mi"] * MI)[list(NODE_COLUMNS)].astype(np.int64)
-    if bad := find_bad_node(nodes, width, height): _refuse_line(path, *bad)
+        _refuse_line(
+            path,
+            i,
+            f"unknown block code {code[i]}; logs know"
+            f" {', '.join(f'{SQUARE_CODE[s]} ({s}×{s})' for s in SIZES[::-1])}",
+        )
+    nodes = lines.assign(
+        frame=frame, size=size, row=lines["row_mi"] * MI, col=lines["col_mi"] * MI
+    )[list(NODE_COLUMNS)].astype(np.int64)
+    if bad := find_bad_node(nodes, width, height):
+        _refuse_line(path, *bad)
     for column, what in (("order_hint", "order hint"), ("frame_type", "frame type")):
         if (other := nodes[column] != nodes[column].iloc[0]).any():
-            _refuse_line(path, int(other.to_numpy().argmax()), f"the {what} changes within the file; a log holds one frame")
+            _refuse_line(
+                path,
+                int(other.to_numpy().argmax()),
+                f"the {what} changes within the file; a log holds one frame",
+            )
     repeated = nodes.duplicated(_PLACE, keep="last").to_numpy()
-    return nodes[~repeated].sort_values(_PLACE, ascending=[True, False, True, True], ignore_index=True), int(repeated.sum())
+    return nodes[~repeated].sort_values(
+        _PLACE, ascending=[True, False, True, True], ignore_index=True
+    ), int(repeated.sum())
 
 
 def _in_reading(nodes, repeated, source, searched, sb_size, width, height):
     if repeated:
-        warnings.warn(f"{source}: {repeated} of {len(nodes) + repeated} lines repeat a node; the last line of each node "
-                      "counts.", stacklevel=3)
+        warnings.warn(
+            f"{source}: {repeated} of {len(nodes) + repeated} lines repeat a node; the last line of"
+            " each node counts.",
+            stacklevel=3,
+        )
     sb_size, unproven = int(sb_size or nodes["size"].max()), 0
     if not searched:
         proof = ancestry(nodes, sb_size, width, height)
         unproven = int((proof == UNPROVEN).sum())
         if unproven:
-            warnings.warn(f"{source}: {unproven} of {len(nodes)} nodes are left out, because the log lacks a block around them and so "
-                          "cannot say whether they were coded; "
-                          "give width and height if the frame is no multiple of the superblock, or read with searched=True.", stacklevel=3)
+            warnings.warn(
+                f"{source}: {unproven} of {len(nodes)} nodes are left out, because the log lacks a"
+                " block around them and so cannot say whether they were coded; give width and"
+                " height if the frame is no multiple of the superblock, or read with"
+                " searched=True.",
+                stacklevel=3,
+            )
         nodes = nodes[proof == CODED].reset_index(drop=True)
-    nodes.attrs = dict(reading="searched" if searched else "coded", sb_size=sb_size, duplicates=repeated, unproven=unproven)
+    nodes.attrs = dict(
+        reading="searched" if searched else "coded",
+        sb_size=sb_size,
+        duplicates=repeated,
+        unproven=unproven,
+    )
     return nodes
 
 
@@ -255,11 +393,16 @@ def read_partition_log(
     path: str | Path,  # `partition_frame_<n>.txt`
     searched: bool = False,  # False: only coded nodes; True: every node of the log
     sb_size: int | None = None,  # side of a superblock in pixels; None: the largest size in the log
-    width: int | None = None,  # frame width in pixels; where given, blocks outside the frame are refused
+    # frame width in pixels; where given, blocks outside the frame are refused
+    width: int | None = None,
     height: int | None = None,  # frame height in pixels
     frame: int | None = None,  # display index; None: the number in the file name
-) -> pd.DataFrame:  # node table (pixels), sorted by size (largest first), row, col; see above for its `attrs`
-    "Read the partition log of one frame. Raises `ValueError` naming file and line for anything that cannot be."
+    # node table (pixels), sorted by size (largest first), row, col; see above for its `attrs`
+) -> pd.DataFrame:
+    """Read the partition log of one frame.
+
+    Raises `ValueError` naming file and line for anything that cannot be.
+    """
     nodes, repeated = _read_log(path, width, height, frame)
     return _in_reading(nodes, repeated, path, searched, sb_size, width, height)
 
@@ -267,19 +410,38 @@ def read_partition_log(
 def read_partition_logs(
     folder: str | Path,  # folder with `partition_frame_<n>.txt` files
     searched: bool = False,  # False: only coded nodes; True: every node of the logs
-    sb_size: int | None = None,  # side of a superblock in pixels; None: the largest size in all logs
+    # side of a superblock in pixels; None: the largest size in all logs
+    sb_size: int | None = None,
     width: int | None = None,  # frame width in pixels, where known
     height: int | None = None,  # frame height in pixels, where known
     frames: Iterable[int] | None = None,  # only these frames; None: all that are there
-) -> pd.DataFrame:  # node table of all frames, sorted by frame, size (largest first), row, col; `attrs` as for one log
-    "Read all partition logs of a folder. Raises `FileNotFoundError` if one that is asked for, or every one, is missing."
+    # node table of all frames, sorted by frame, size (largest first), row, col; `attrs` as for one
+    # log
+) -> pd.DataFrame:
+    """Read all partition logs of a folder.
+
+    Raises `FileNotFoundError` if one that is asked for, or every one, is missing.
+    """
     folder = Path(folder)
-    paths = {_frame_of(p, r"partition_frame_(\d+)\.txt$"): p for p in folder.glob("partition_frame_*.txt")}
-    if not paths: raise FileNotFoundError(f"There is no partition_frame_<n>.txt in {folder}.")
+    paths = {
+        _frame_of(p, r"partition_frame_(\d+)\.txt$"): p
+        for p in folder.glob("partition_frame_*.txt")
+    }
+    if not paths:
+        raise FileNotFoundError(f"There is no partition_frame_<n>.txt in {folder}.")
     frames = sorted(paths) if frames is None else sorted(set(frames))
-    if missing := [n for n in frames if n not in paths]: raise FileNotFoundError(f"{folder} has no log partition_frame_{missing[0]}.txt.")
+    if missing := [n for n in frames if n not in paths]:
+        raise FileNotFoundError(f"{folder} has no log partition_frame_{missing[0]}.txt.")
     tables, repeated = zip(*(_read_log(paths[n], width, height, n) for n in frames))
-    return _in_reading(pd.concat(tables, ignore_index=True), sum(repeated), folder, searched, sb_size, width, height)
+    return _in_reading(
+        pd.concat(tables, ignore_index=True),
+        sum(repeated),
+        folder,
+        searched,
+        sb_size,
+        width,
+        height,
+    )
 
 # %% ../nbs/02_raw.ipynb #f1022375
 EXCEL_SIZES = (64, 32, 16, 8)
@@ -291,23 +453,36 @@ def _empty_workbook():
     "Parts of a workbook with four empty sheets: name in the archive -> content."
     book, packed = Workbook(), BytesIO()
     book.remove(book.active)
-    for size in EXCEL_SIZES: book.create_sheet(str(size))
+    for size in EXCEL_SIZES:
+        book.create_sheet(str(size))
     book.properties.created = book.properties.modified = datetime(2000, 1, 1)
     ExcelWriter(book, ZipFile(packed, "w")).save()
-    with ZipFile(packed) as parts: return {name: parts.read(name).decode() for name in parts.namelist()}
+    with ZipFile(packed) as parts:
+        return {name: parts.read(name).decode() for name in parts.namelist()}
 
 
 def _filled_sheet(empty, cells):
     "The XML of a sheet with integer cells [rows, 6]."
-    if len(cells) == 0: return empty
-    line = '<row r="%d">' + "".join(f'<c r="{column}%d"><v>%d</v></c>' for column in "ABCDEF") + "</row>"
+    if len(cells) == 0:
+        return empty
+    line = (
+        '<row r="%d">'
+        + "".join(f'<c r="{column}%d"><v>%d</v></c>' for column in "ABCDEF")
+        + "</row>"
+    )
     numbers = np.arange(1, len(cells) + 1)
     values = np.column_stack([numbers, *(v for cell in cells.T for v in (numbers, cell))])
     rows = line * len(cells) % tuple(values.reshape(-1).tolist())
-    for old, new in ((r"<sheetData\s*/>|<sheetData></sheetData>", f"<sheetData>{rows}</sheetData>"),
-                     (r'<dimension ref="[A-Z0-9:]*"\s*/>', f'<dimension ref="A1:F{len(cells)}"/>')):
+    for old, new in (
+        (r"<sheetData\s*/>|<sheetData></sheetData>", f"<sheetData>{rows}</sheetData>"),
+        (r'<dimension ref="[A-Z0-9:]*"\s*/>', f'<dimension ref="A1:F{len(cells)}"/>'),
+    ):
         empty, found = re.subn(old, new, empty)
-        if found != 1: raise RuntimeError("This openpyxl writes empty sheets in an unknown way; install the version of the lock file.")
+        if found != 1:
+            raise RuntimeError(
+                "This openpyxl writes empty sheets in an unknown way; install the version of the"
+                " lock file."
+            )
     return empty
 
 
@@ -316,27 +491,43 @@ def write_excel(
     nodes: pd.DataFrame,  # node table of one intra frame (pixels)
     units: str = "px",  # "px": rows and columns in pixels; "mi": in units of 4 pixels
 ) -> None:
-    "Write the nodes of one intra frame, a sheet a size, sorted by (row, col), without header. Nodes of 128×128 have no sheet."
+    """Write the nodes of one intra frame, a sheet a size, sorted by (row, col), without header.
+
+    Nodes of 128×128 have no sheet.
+    """
     nodes = require_nodes(nodes)
     if nodes["frame"].nunique() > 1:
-        raise ValueError(f"{path}: a workbook holds one frame, but the node table has the frames "
-                         f"{sorted(nodes['frame'].unique().tolist())}.")
+        raise ValueError(
+            f"{path}: a workbook holds one frame, but the node table has the frames "
+            f"{sorted(nodes['frame'].unique().tolist())}."
+        )
     if (nodes["frame_type"] != 0).any():
-        raise ValueError(f"{path}: a workbook holds intra nodes only, but frame {nodes['frame'].iloc[0]} is an inter frame.")
-    if units not in ("px", "mi"): raise ValueError(f"units is {units!r}; it must be 'px' or 'mi'.")
-    if units == "mi": nodes[["row", "col"]] //= MI
+        raise ValueError(
+            f"{path}: a workbook holds intra nodes only, but frame {nodes['frame'].iloc[0]} is an"
+            " inter frame."
+        )
+    if units not in ("px", "mi"):
+        raise ValueError(f"units is {units!r}; it must be 'px' or 'mi'.")
+    if units == "mi":
+        nodes[["row", "col"]] //= MI
     with atomic_file(path) as temporary:
         sheets = {f"xl/worksheets/sheet{n}.xml": size for n, size in enumerate(EXCEL_SIZES, 1)}
         with ZipFile(temporary, "w") as book:
             for name, content in _empty_workbook().items():
                 if name in sheets:
-                    content = _filled_sheet(content, nodes.loc[nodes["size"] == sheets[name], list(_EXCEL_COLUMNS)].to_numpy())
+                    content = _filled_sheet(
+                        content,
+                        nodes.loc[nodes["size"] == sheets[name], list(_EXCEL_COLUMNS)].to_numpy(),
+                    )
                 book.writestr(ZipInfo(name), content, ZIP_DEFLATED)
 
 # %% ../nbs/02_raw.ipynb #856941ff
 def _sheet_values(path, sheet, cells):
     if cells.shape[1] not in (0, 6) or (len(cells) and cells.shape[1] == 0):
-        raise ValueError(f"{path}, sheet {sheet}: {cells.shape[1]} columns instead of 6 ({', '.join(_EXCEL_COLUMNS)}).")
+        raise ValueError(
+            f"{path}, sheet {sheet}: {cells.shape[1]} columns instead of 6"
+            f" ({', '.join(_EXCEL_COLUMNS)})."
+        )
     values = cells.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64).reshape(-1, 6)
     is_text = cells.map(lambda v: isinstance(v, (str, bool))).to_numpy(bool).reshape(-1, 6)
     bad = is_text | ~np.isfinite(values) | (values != np.round(values))
@@ -344,57 +535,85 @@ def _sheet_values(path, sheet, cells):
         r, c = np.argwhere(bad)[0]
         value = cells.iat[r, c]
         shown = repr(value) if isinstance(value, str) else value
-        hint = "; the sheets of this format have no header row, so delete it" if r == 0 and isinstance(value, str) else ""
-        raise ValueError(f"{path}, sheet {sheet}, cell {'ABCDEF'[c]}{r + 1}: {shown} is not an integer ({_EXCEL_COLUMNS[c]}){hint}.")
+        hint = (
+            "; the sheets of this format have no header row, so delete it"
+            if r == 0 and isinstance(value, str)
+            else ""
+        )
+        raise ValueError(
+            f"{path}, sheet {sheet}, cell {'ABCDEF'[c]}{r + 1}: {shown} is not an integer"
+            f" ({_EXCEL_COLUMNS[c]}){hint}."
+        )
     return values.astype(np.int64)
 
 
 def read_excel(
     path: str | Path,  # `<name>-intra-<n>.xlsx`
-    units: str = "px",  # unit of the rows and columns in the file: "px" pixels, "mi" units of 4 pixels
-    width: int | None = None,  # frame width in pixels; where given, blocks outside the frame are refused
+    # unit of the rows and columns in the file: "px" pixels, "mi" units of 4 pixels
+    units: str = "px",
+    # frame width in pixels; where given, blocks outside the frame are refused
+    width: int | None = None,
     height: int | None = None,  # frame height in pixels
     frame: int | None = None,  # display index; None: the number in the file name
 ) -> pd.DataFrame:  # node table (pixels), sorted by size (largest first), row, col
     """Read the four sheets of one intra frame.
 
-    Raises `ValueError` naming file, sheet and row for a missing sheet, a header row, or anything that cannot be.
+    Raises `ValueError` naming file, sheet and row for a missing sheet, a header row, or anything
+    that cannot be.
     """
-    if units not in ("px", "mi"): raise ValueError(f"units is {units!r}; it must be 'px' or 'mi'.")
+    if units not in ("px", "mi"):
+        raise ValueError(f"units is {units!r}; it must be 'px' or 'mi'.")
     frame = _frame_of(path, r"-intra-(\d+)\.xlsx$") if frame is None else frame
-    try: sheets = pd.read_excel(path, sheet_name=None, header=None, engine="openpyxl")
-    except (BadZipFile, KeyError) as error: raise ValueError(f"{path} is not an Excel workbook (.xlsx), or is damaged.") from error
+    try:
+        sheets = pd.read_excel(path, sheet_name=None, header=None, engine="openpyxl")
+    except (BadZipFile, KeyError) as error:
+        raise ValueError(f"{path} is not an Excel workbook (.xlsx), or is damaged.") from error
     if missing := [str(s) for s in EXCEL_SIZES if str(s) not in sheets]:
-        raise ValueError(f"{path} has no sheet {', '.join(missing)}; it needs the sheets 64, 32, 16 and 8 and has "
-                         f"{', '.join(sheets) or 'none'}.")
+        raise ValueError(
+            f"{path} has no sheet {', '.join(missing)}; it needs the sheets 64, 32, 16 and 8 and"
+            f" has {', '.join(sheets) or 'none'}."
+        )
     tables, sparse = [], []
     for size in EXCEL_SIZES:
-        nodes = pd.DataFrame(_sheet_values(path, size, sheets[str(size)]), columns=list(_EXCEL_COLUMNS))
+        nodes = pd.DataFrame(
+            _sheet_values(path, size, sheets[str(size)]), columns=list(_EXCEL_COLUMNS)
+        )
         if units == "mi":
             nodes[["row", "col"]] *= MI
             places = nodes[["row", "col"]].to_numpy()
-            if places.any(): sparse.append((places % (MI * size) == 0).all())
+            if places.any():
+                sparse.append((places % (MI * size) == 0).all())
         nodes = nodes.assign(frame=frame, size=size)[list(NODE_COLUMNS)]
         if bad := find_bad_node(nodes, width, height):
             other = ("units of 4 pixels", "mi") if units == "px" else ("pixels", "px")
             hint = f"If the file counts in {other[0]}, read it with units={other[1]!r}."
             raise ValueError(f"{path}, sheet {size}, row {bad[0] + 1}: {bad[1]}. {hint}")
         if (twice := nodes.duplicated(_PLACE)).any():
-            raise ValueError(f"{path}, sheet {size}, row {int(twice.to_numpy().argmax()) + 1}: the block is there twice.")
+            raise ValueError(
+                f"{path}, sheet {size}, row {int(twice.to_numpy().argmax()) + 1}: the block is"
+                " there twice."
+            )
         tables.append(nodes)
     if sparse and all(sparse):
-        raise ValueError(f"{path}: read in units of 4 pixels, its blocks stand four blocks apart; the file counts in pixels, so read it "
-                         "with units='px'.")
+        raise ValueError(
+            f"{path}: read in units of 4 pixels, its blocks stand four blocks apart; the file"
+            " counts in pixels, so read it with units='px'."
+        )
     nodes = pd.concat(tables, ignore_index=True)
-    if len(nodes) == 0: raise ValueError(f"{path} holds no node.")
+    if len(nodes) == 0:
+        raise ValueError(f"{path} holds no node.")
     if (nodes["frame_type"] != 0).any():
-        raise ValueError(f"{path} holds nodes of an inter frame (column E is not 0); the format is for intra nodes only.")
+        raise ValueError(
+            f"{path} holds nodes of an inter frame (column E is not 0); the format is for intra"
+            " nodes only."
+        )
     return nodes.sort_values(_PLACE, ascending=[True, False, True, True], ignore_index=True)
 
 # %% ../nbs/02_raw.ipynb #b54e0267
 @dataclass(frozen=True)
 class VideoInfo:
     "What a video file holds."
+
     path: Path
     width: int  # pixels
     height: int  # pixels
@@ -403,7 +622,8 @@ class VideoInfo:
     fps: tuple[int, int] | None  # frames a second as a fraction; None where the file does not say
 
     @property
-    def frames(self) -> int: return len(self.offsets)
+    def frames(self) -> int:
+        return len(self.offsets)
 
 
 _Y4M_DEPTH = {"420": 8, "420jpeg": 8, "420mpeg2": 8, "420paldv": 8, "420p10": 10}
@@ -411,19 +631,25 @@ _Y4M_DEPTH = {"420": 8, "420jpeg": 8, "420mpeg2": 8, "420paldv": 8, "420p10": 10
 
 def _require_even(width, height, where):
     if width < 2 or height < 2 or width % 2 or height % 2:
-        raise ValueError(f"{where}: 4:2:0 video needs an even width and height, not {width}×{height}.")
+        raise ValueError(
+            f"{where}: 4:2:0 video needs an even width and height, not {width}×{height}."
+        )
 
 
-def _frame_bytes(width, height, bit_depth): return width * height * 3 // 2 * (2 if bit_depth > 8 else 1)
+def _frame_bytes(width, height, bit_depth):
+    return width * height * 3 // 2 * (2 if bit_depth > 8 else 1)
 
 
 def _probe_yuv(path, width, height):
-    if not width or not height: raise ValueError(f"{path} has no header; give its width and height.")
+    if not width or not height:
+        raise ValueError(f"{path} has no header; give its width and height.")
     _require_even(width, height, path)
     size, each = path.stat().st_size, _frame_bytes(width, height, 10)
     if size == 0 or size % each:
-        raise ValueError(f"{path} is truncated, or width and height are wrong: {size} bytes are {size / each:.3f} frames of "
-                         f"{width}×{height} at 10 bits ({each} bytes each).")
+        raise ValueError(
+            f"{path} is truncated, or width and height are wrong: {size} bytes are"
+            f" {size / each:.3f} frames of {width}×{height} at 10 bits ({each} bytes each)."
+        )
     return VideoInfo(path, width, height, 10, tuple(range(0, size, each)), None)
 
 
@@ -431,31 +657,50 @@ def _probe_y4m(path, width, height):
     with open(path, "rb") as file:
         header = file.readline(4096)
         if not header.startswith(b"YUV4MPEG2 ") or not header.endswith(b"\n"):
-            raise ValueError(f"{path} is not a YUV4MPEG2 file: it does not begin with its header line.")
-        fields = {token[:1]: token[1:] for token in header.decode("latin-1").split()[1:] if token[:1] != "X"}
+            raise ValueError(
+                f"{path} is not a YUV4MPEG2 file: it does not begin with its header line."
+            )
+        fields = {
+            token[:1]: token[1:]
+            for token in header.decode("latin-1").split()[1:]
+            if token[:1] != "X"
+        }
         sides = [fields.get(k, "") for k in "WH"]
         if not all(re.fullmatch(r"\d{1,5}", side) for side in sides):
             raise ValueError(f"{path}: the header does not give width and height.")
         found = tuple(map(int, sides))
-        if (width or found[0], height or found[1]) != found: raise ValueError(f"{path} is {found[0]}×{found[1]}, not {width}×{height}.")
+        if (width or found[0], height or found[1]) != found:
+            raise ValueError(f"{path} is {found[0]}×{found[1]}, not {width}×{height}.")
         format_name = fields.get("C", "420")
         if format_name not in _Y4M_DEPTH:
-            raise ValueError(f"{path} has the format {format_name}; only 4:2:0 with 8 or 10 bits is read ({', '.join(_Y4M_DEPTH)}). "
-                             "Convert it first.")
+            raise ValueError(
+                f"{path} has the format {format_name}; only 4:2:0 with 8 or 10 bits is read"
+                f" ({', '.join(_Y4M_DEPTH)}). Convert it first."
+            )
         if fields.get("I", "p") not in ("p", "?"):
-            raise ValueError(f"{path} is interlaced; AV1 codes whole pictures. Deinterlace it first.")
+            raise ValueError(
+                f"{path} is interlaced; AV1 codes whole pictures. Deinterlace it first."
+            )
         _require_even(*found, path)
         rate = re.fullmatch(r"(\d+):(\d+)", fields.get("F", ""))
         each, size, offsets = _frame_bytes(*found, _Y4M_DEPTH[format_name]), path.stat().st_size, []
         while line := file.readline(4096):
             if not re.fullmatch(rb"FRAME( [^\n]*)?\n", line):
-                raise ValueError(f"{path}: frame {len(offsets)} does not begin with FRAME; the file is damaged.")
+                raise ValueError(
+                    f"{path}: frame {len(offsets)} does not begin with FRAME; the file is damaged."
+                )
             if (there := size - file.tell()) < each:
-                raise ValueError(f"{path} is truncated: frame {len(offsets)} has {max(there, 0)} of {each} bytes.")
+                raise ValueError(
+                    f"{path} is truncated: frame {len(offsets)} has {max(there, 0)} of {each}"
+                    " bytes."
+                )
             offsets.append(file.tell())
             file.seek(each, os.SEEK_CUR)
-    if not offsets: raise ValueError(f"{path} is truncated: it holds no frame.")
-    return VideoInfo(path, *found, _Y4M_DEPTH[format_name], tuple(offsets), rate and (int(rate[1]), int(rate[2])))
+    if not offsets:
+        raise ValueError(f"{path} is truncated: it holds no frame.")
+    return VideoInfo(
+        path, *found, _Y4M_DEPTH[format_name], tuple(offsets), rate and (int(rate[1]), int(rate[2]))
+    )
 
 
 def probe_video(
@@ -463,9 +708,13 @@ def probe_video(
     width: int | None = None,  # pixels; needed for `.yuv`, checked for `.y4m`
     height: int | None = None,  # pixels; needed for `.yuv`, checked for `.y4m`
 ) -> VideoInfo:  # size, bit depth and the place of every frame
-    "Look at a video file without reading its pictures. Raises `ValueError` if it is truncated, of an odd size, or of another format."
+    """Look at a video file without reading its pictures.
+
+    Raises `ValueError` if it is truncated, of an odd size, or of another format.
+    """
     path = Path(path)
-    if path.suffix not in (".yuv", ".y4m"): raise ValueError(f"{path}: only .yuv and .y4m videos are read here.")
+    if path.suffix not in (".yuv", ".y4m"):
+        raise ValueError(f"{path}: only .yuv and .y4m videos are read here.")
     return (_probe_yuv if path.suffix == ".yuv" else _probe_y4m)(path, width, height)
 
 # %% ../nbs/02_raw.ipynb #0054268b
@@ -474,29 +723,50 @@ def require_ten_bit(
     where: str,  # what the samples are, for the message
 ) -> None:
     "Raise `ValueError` naming the first sample outside 0–1023, or samples that are not integers."
-    if samples.dtype.kind not in "iu": raise ValueError(f"{where}: the samples are {samples.dtype}; they must be integers from 0 to 1023.")
+    if samples.dtype.kind not in "iu":
+        raise ValueError(
+            f"{where}: the samples are {samples.dtype}; they must be integers from 0 to 1023."
+        )
     if samples.size and (samples.max() > 1023 or (samples.dtype.kind == "i" and samples.min() < 0)):
         place = np.argwhere((samples > 1023) | (samples < 0))[0].tolist()
         named = f"row {place[-2]}, column {place[-1]}" if len(place) == 2 else f"index {place}"
-        raise ValueError(f"{where}: the sample at {named} is {samples[tuple(place)]}; 10-bit samples are 0–1023. Check bit depth, byte "
-                         "order and frame size.")
+        raise ValueError(
+            f"{where}: the sample at {named} is {samples[tuple(place)]}; 10-bit samples are 0–1023."
+            " Check bit depth, byte order and frame size."
+        )
 
 
 def _stored_frames(info, frames, planes):
-    "Yield (frame number, the wanted planes as 10-bit uint16) of the chosen frames; only these parts of the file are read."
-    frames = range(info.frames) if frames is None else [frames] if isinstance(frames, (int, np.integer)) else list(frames)
+    """Yield (frame number, the wanted planes as 10-bit uint16) of the chosen frames; only these
+    parts of the file are read.
+    """
+    frames = (
+        range(info.frames)
+        if frames is None
+        else [frames] if isinstance(frames, (int, np.integer)) else list(frames)
+    )
     if bad := [n for n in frames if not 0 <= n < info.frames]:
-        raise ValueError(f"{info.path} has no frame {bad[0]}; it holds the frames 0–{info.frames - 1}.")
+        raise ValueError(
+            f"{info.path} has no frame {bad[0]}; it holds the frames 0–{info.frames - 1}."
+        )
     if info.bit_depth == 8:
-        warnings.warn(f"{info.path} has 8 bits a sample; its values are multiplied by 4 to the 10-bit scale.", stacklevel=3)
+        warnings.warn(
+            f"{info.path} has 8 bits a sample; its values are multiplied by 4 to the 10-bit scale.",
+            stacklevel=3,
+        )
     data = np.memmap(info.path, np.uint8, "r")
     width, height = info.width, info.height
     for n in frames:
         found, offset = [], info.offsets[n]
-        for name, shape in (("luma", (height, width)), ("U", (height // 2, width // 2)), ("V", (height // 2, width // 2)))[:planes]:
+        for name, shape in (
+            ("luma", (height, width)),
+            ("U", (height // 2, width // 2)),
+            ("V", (height // 2, width // 2)),
+        )[:planes]:
             plane = np.ndarray(shape, "<u2" if info.bit_depth > 8 else np.uint8, data, offset)
             offset += plane.nbytes
-            if info.bit_depth == 8: found.append(plane.astype(np.uint16) * 4)
+            if info.bit_depth == 8:
+                found.append(plane.astype(np.uint16) * 4)
             else:
                 require_ten_bit(plane, f"{info.path}, frame {n}, {name}")
                 found.append(plane.astype(np.uint16))
@@ -507,54 +777,83 @@ def read_video(
     path: str | Path,  # `.yuv` or `.y4m`
     width: int | None = None,  # pixels; needed for `.yuv`
     height: int | None = None,  # pixels; needed for `.yuv`
-    frames: int | Iterable[int] | None = None,  # frame numbers from 0, in the order wanted; None: all
+    # frame numbers from 0, in the order wanted; None: all
+    frames: int | Iterable[int] | None = None,
 ) -> np.ndarray:  # luma, uint16 [frames, height, width], 0–1023
     """Read luma pictures on the 10-bit scale; 8-bit samples are multiplied by 4, with a warning.
 
     Raises `ValueError` as `probe_video` does and for samples above 1023.
     """
-    return np.stack([planes[0] for _, planes in _stored_frames(probe_video(path, width, height), frames, 1)])
+    return np.stack(
+        [planes[0] for _, planes in _stored_frames(probe_video(path, width, height), frames, 1)]
+    )
 
 # %% ../nbs/02_raw.ipynb #963dea92
 def read_video_planes(
     path: str | Path,  # `.yuv` or `.y4m`
     width: int | None = None,  # pixels; needed for `.yuv`
     height: int | None = None,  # pixels; needed for `.yuv`
-    frames: int | Iterable[int] | None = None,  # frame numbers from 0, in the order wanted; None: all
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # Y [frames, height, width], U and V [frames, height / 2, width / 2]; uint16, 0–1023
+    # frame numbers from 0, in the order wanted; None: all
+    frames: int | Iterable[int] | None = None,
+    # Y [frames, height, width], U and V [frames, height / 2, width / 2]; uint16, 0–1023
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "As `read_video`, with the chroma planes."
-    return tuple(np.stack(plane) for plane in zip(*(planes for _, planes in _stored_frames(probe_video(path, width, height), frames, 3))))
+    return tuple(
+        np.stack(plane)
+        for plane in zip(
+            *(planes for _, planes in _stored_frames(probe_video(path, width, height), frames, 3))
+        )
+    )
 
 # %% ../nbs/02_raw.ipynb #c8b3e2e2
 def _checked_planes(path, planes):
     shape = None
-    for n, picture in enumerate([planes] if isinstance(planes, np.ndarray) and planes.ndim == 2 else planes):
+    for n, picture in enumerate(
+        [planes] if isinstance(planes, np.ndarray) and planes.ndim == 2 else planes
+    ):
         luma, *chroma = picture if isinstance(picture, (tuple, list)) else (picture,)
         luma = np.asarray(luma)
-        if luma.ndim != 2: raise ValueError(f"{path}, frame {n}: the luma plane has the shape {luma.shape}; it must be [height, width].")
+        if luma.ndim != 2:
+            raise ValueError(
+                f"{path}, frame {n}: the luma plane has the shape {luma.shape}; it must be [height,"
+                " width]."
+            )
         _require_even(luma.shape[1], luma.shape[0], f"{path}, frame {n}")
         half = luma.shape[0] // 2, luma.shape[1] // 2
         chroma = [np.asarray(c) for c in chroma] or [np.full(half, 512, np.uint16)] * 2
         if len(chroma) != 2 or any(c.shape != half for c in chroma):
-            raise ValueError(f"{path}, frame {n}: 4:2:0 needs two chroma planes of {half[1]}×{half[0]}, not "
-                             f"{[c.shape[::-1] for c in chroma]}.")
+            raise ValueError(
+                f"{path}, frame {n}: 4:2:0 needs two chroma planes of {half[1]}×{half[0]}, not "
+                f"{[c.shape[::-1] for c in chroma]}."
+            )
         if shape not in (None, luma.shape):
-            raise ValueError(f"{path}, frame {n}: {luma.shape[1]}×{luma.shape[0]} after frames of {shape[1]}×{shape[0]}.")
+            raise ValueError(
+                f"{path}, frame {n}: {luma.shape[1]}×{luma.shape[0]} after frames of"
+                f" {shape[1]}×{shape[0]}."
+            )
         shape = luma.shape
-        for name, plane in zip(("luma", "U", "V"), (luma, *chroma)): require_ten_bit(plane, f"{path}, frame {n}, {name}")
+        for name, plane in zip(("luma", "U", "V"), (luma, *chroma)):
+            require_ten_bit(plane, f"{path}, frame {n}, {name}")
         yield [np.ascontiguousarray(plane, "<u2") for plane in (luma, *chroma)]
-    if shape is None: raise ValueError(f"{path}: there is no picture to write.")
+    if shape is None:
+        raise ValueError(f"{path}: there is no picture to write.")
 
 
 def write_yuv(
     path: str | Path,  # the `.yuv` file
-    planes: Iterable,  # pictures: (Y, U, V) integer arrays, or luma alone; also one array [height, width] or [frames, height, width]
+    # pictures: (Y, U, V) integer arrays, or luma alone; also one array [height, width] or [frames,
+    # height, width]
+    planes: Iterable,
 ) -> int:  # frames written
-    "Write planar 4:2:0 video, 10 bits in 16-bit little-endian words, no header. Raises `ValueError` for odd sizes and samples above 1023."
+    """Write planar 4:2:0 video, 10 bits in 16-bit little-endian words, no header.
+
+    Raises `ValueError` for odd sizes and samples above 1023.
+    """
     count = 0
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         for picture in _checked_planes(path, planes):
-            for plane in picture: file.write(plane.data)
+            for plane in picture:
+                file.write(plane.data)
             count += 1
     return count
 
@@ -569,9 +868,14 @@ def write_y4m(
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         for picture in _checked_planes(path, planes):
             height, width = picture[0].shape
-            if count == 0: file.write(f"YUV4MPEG2 W{width} H{height} F{fps[0]}:{fps[1]} Ip A1:1 C420p10 XYSCSS=420P10\n".encode())
+            if count == 0:
+                file.write(
+                    f"YUV4MPEG2 W{width} H{height} F{fps[0]}:{fps[1]} Ip A1:1 C420p10"
+                    " XYSCSS=420P10\n".encode()
+                )
             file.write(b"FRAME\n")
-            for plane in picture: file.write(plane.data)
+            for plane in picture:
+                file.write(plane.data)
             count += 1
     return count
 
@@ -581,29 +885,44 @@ _STREAM_FROM = 4 << 20  # bytes; smaller results stay in the cache, where their 
 
 @intrinsic
 def _copy_line(typingctx, target, source, pixels, streaming):
-    "Copy `pixels` samples of 16 bits between two addresses; streaming: past the cache, for targets at multiples of 16 bytes. Both are known when compiling."
-    if not all(isinstance(known, numba.types.Literal) for known in (pixels, streaming)): return None  # numba asks again with the values themselves
+    """Copy `pixels` samples of 16 bits between two addresses; streaming: past the cache, for
+    targets at multiples of 16 bytes.
+
+    Both are known when compiling.
+    """
+    # numba asks again with the values themselves
+    if not all(isinstance(known, numba.types.Literal) for known in (pixels, streaming)):
+        return None
 
     def codegen(_, builder, signature, arguments):
         pixels, streaming = (known.literal_value for known in signature.args[2:])
         at_once = 8 if streaming else pixels
         vector = ir.VectorType(ir.IntType(16), at_once).as_pointer()
         for first in range(0, pixels, at_once):
-            to, start = (builder.inttoptr(builder.add(address, address.type(2 * first)), vector) for address in arguments[:2])
+            to, start = (
+                builder.inttoptr(builder.add(address, address.type(2 * first)), vector)
+                for address in arguments[:2]
+            )
             store = builder.store(builder.load(start, align=2), to, align=16 if streaming else 2)
-            if streaming: store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+            if streaming:
+                store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
 
     return numba.void(numba.int64, numba.int64, pixels, streaming), codegen
 
 
 @lru_cache
 def _cutter(side, streaming):
-    "Compiled copy of blocks of `side`×`side` samples out of a frame at `address`, with `stride` bytes from line to line; False, and no copy, if a position is not allowed."
+    """Compiled copy of blocks of `side`×`side` samples out of a frame at `address`, with `stride`
+    bytes from line to line; False, and no copy, if a position is not allowed.
+    """
+
     @compiled
     def cut(address, stride, rows, cols, last_row, last_col, grid, blocks):
         for i in range(len(rows)):
             row, col = rows[i], cols[i]
-            if (row | col | (last_row - row) | (last_col - col)) < 0 or (row | col) & (grid - 1): return False  # a number below 0 sets the sign of the whole
+            # a number below 0 sets the sign of the whole
+            if (row | col | (last_row - row) | (last_col - col)) < 0 or (row | col) & (grid - 1):
+                return False
         target = blocks.ctypes.data
         for i in range(len(rows)):
             source = address + rows[i] * stride + 2 * cols[i]
@@ -625,41 +944,64 @@ def extract_blocks(
     size: int,  # side of the blocks in pixels: 8, 16, 32 or 64
     margin: int = 0,  # pixels of context on each side; outside the frame its border is repeated
 ) -> np.ndarray:  # uint16 [n, size + 2·margin, size + 2·margin], in the order of the positions
-    "Cut blocks out of a frame. Raises `ValueError` naming the first block that is off the grid or not wholly inside the frame."
+    """Cut blocks out of a frame.
+
+    Raises `ValueError` naming the first block that is off the grid or not wholly inside the frame.
+    """
     if frame.ndim != 2 or frame.dtype != np.uint16:
-        raise ValueError(f"The frame must be uint16 [height, width], not {frame.dtype} {list(frame.shape)}.")
-    if size not in BLOCK_SIZES: raise ValueError(f"Blocks have a side of 8, 16, 32 or 64 pixels, not {size}.")
-    if margin < 0: raise ValueError(f"The margin is {margin}; it cannot be negative.")
+        raise ValueError(
+            f"The frame must be uint16 [height, width], not {frame.dtype} {list(frame.shape)}."
+        )
+    if size not in BLOCK_SIZES:
+        raise ValueError(f"Blocks have a side of 8, 16, 32 or 64 pixels, not {size}.")
+    if margin < 0:
+        raise ValueError(f"The margin is {margin}; it cannot be negative.")
     rows, cols = np.asarray(rows), np.asarray(cols)
-    if rows.shape != cols.shape or rows.ndim != 1: raise ValueError(f"There are {rows.size} rows, but {cols.size} columns.")
+    if rows.shape != cols.shape or rows.ndim != 1:
+        raise ValueError(f"There are {rows.size} rows, but {cols.size} columns.")
     if rows.size and not (rows.dtype.kind in "iu" and cols.dtype.kind in "iu"):
         raise ValueError(f"Rows and columns must be integers, not {rows.dtype} and {cols.dtype}.")
-    rows, cols = rows.astype(np.int64), cols.astype(np.int64)  # copies, which the compiled loop may take to be writable and contiguous
+    # copies, which the compiled loop may take to be writable and contiguous
+    rows, cols = rows.astype(np.int64), cols.astype(np.int64)
     (height, width), side = frame.shape, size + 2 * margin
     blocks = np.empty((len(rows), side, side), np.uint16)
-    if margin: frame = np.pad(frame, margin, mode="edge")
-    if frame.strides[1] != 2: frame = np.ascontiguousarray(frame)
+    if margin:
+        frame = np.pad(frame, margin, mode="edge")
+    if frame.strides[1] != 2:
+        frame = np.ascontiguousarray(frame)
     source, target = (array.__array_interface__["data"][0] for array in (frame, blocks))
     cut = _cutter(side, side % 8 == 0 and target % 16 == 0 and blocks.nbytes >= _STREAM_FROM)
-    if cut(source, frame.strides[0], rows, cols, height - size, width - size, size, blocks): return blocks
+    if cut(source, frame.strides[0], rows, cols, height - size, width - size, size, blocks):
+        return blocks
     outside = (rows < 0) | (cols < 0) | (rows > height - size) | (cols > width - size)
     i = (outside if outside.any() else ((rows | cols) & (size - 1)) != 0).argmax()
-    raise ValueError(f"Block {i} ({size}×{size} at row {rows[i]}, column {cols[i]}) "
-                     f"{f'does not lie inside the {width}×{height} frame' if outside.any() else f'is off the grid of {size} pixels'}.")
+    raise ValueError(
+        f"Block {i} ({size}×{size} at row {rows[i]}, column {cols[i]}) "
+        f"{f'does not lie inside the {width}×{height} frame' if outside.any() else f'is off the grid of {size} pixels'}."
+    )
 
 # %% ../nbs/02_raw.ipynb #7f2d0b44
 def read_blocks(
     path: str | Path,  # `<name>_sample_<size>.txt`
     size: int,  # side of the blocks in pixels
 ) -> np.ndarray:  # uint16 [n, size, size], 0–1023
-    "Read raw luma blocks. Raises `ValueError` if the file does not hold whole blocks of 10-bit samples."
+    """Read raw luma blocks.
+
+    Raises `ValueError` if the file does not hold whole blocks of 10-bit samples.
+    """
     count, rest = divmod(Path(path).stat().st_size, size * size * 2)
-    if rest: raise ValueError(f"{path} is truncated or not of this size: after {count} blocks of {size}×{size}, {rest} bytes are left.")
+    if rest:
+        raise ValueError(
+            f"{path} is truncated or not of this size: after {count} blocks of {size}×{size},"
+            f" {rest} bytes are left."
+        )
     blocks = np.fromfile(path, "<u2").astype(np.uint16, copy=False).reshape(-1, size, size)
     if blocks.size and blocks.max() > 1023:
         block, r, c = np.argwhere(blocks > 1023)[0]
-        raise ValueError(f"{path}: block {block} has the sample {blocks[block, r, c]} at row {r}, column {c}; 10-bit samples are 0–1023. "
-                         "Check size and byte order.")
+        raise ValueError(
+            f"{path}: block {block} has the sample {blocks[block, r, c]} at row {r}, column {c};"
+            " 10-bit samples are 0–1023. Check size and byte order."
+        )
     return blocks
 
 # %% ../nbs/02_raw.ipynb #2c4aa9f6
@@ -670,7 +1012,11 @@ def block_table(
     height: int,  # frame height in pixels
 ) -> pd.DataFrame:  # int64 columns frame, row, col, type, qindex, sorted by (frame, row, col)
     "Intra nodes of one size that lie wholly inside the frame, in label order."
-    keep = (nodes["size"] == size).to_numpy() & (nodes["frame_type"] == 0).to_numpy() & is_inside(nodes, width, height)
+    keep = (
+        (nodes["size"] == size).to_numpy()
+        & (nodes["frame_type"] == 0).to_numpy()
+        & is_inside(nodes, width, height)
+    )
     blocks = nodes.loc[keep, ["frame", "row", "col", "type", "qindex"]].astype(np.int64)
     return blocks.sort_values(["frame", "row", "col"], ignore_index=True)
 
@@ -682,23 +1028,28 @@ class RecordingError(ValueError):
 @dataclass(frozen=True)
 class Recording:
     "One encode of one clip or picture: what it is, and the files that hold it."
+
     name: str  # of this encode, unique in its folder
     sequence: str  # of the content; several recordings may share it
     width: int  # pixels
     height: int  # pixels
-    pictures: str  # name of the file with the pictures: the sequence, or the recording where they are its decoded ones
+    # name of the file with the pictures: the sequence, or the recording where they are its decoded
+    # ones
+    pictures: str
     frames: tuple[int, ...]  # display index of each picture in frames/<pictures>.npy
     qindexes: tuple[int, ...]  # quantiser indexes that occur, 0–255
     nodes: str  # "coded" or "searched": which reading of the logs
     blocks: dict[int, int]  # block size in pixels -> number of blocks
-    edge_nodes: dict[int, int]  # block size in pixels -> intra nodes that reach over the frame's edge, not among the blocks
+    # block size in pixels -> intra nodes that reach over the frame's edge, not among the blocks
+    edge_nodes: dict[int, int]
     source_bit_depth: int  # of the pictures before they came onto the 10-bit scale
     scale: int  # factor by which their samples were multiplied: 1, or 4 for 8 bits
     source: str  # where the pictures and labels come from, in words
     files: dict[str, str]  # path below the folder -> SHA-256
 
     @property
-    def sizes(self) -> tuple[int, ...]: return tuple(self.blocks)
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(self.blocks)
 
 # %% ../nbs/02_raw.ipynb #1bda282f
 def block_files(
@@ -706,28 +1057,37 @@ def block_files(
     size: int,  # side of the blocks in pixels
 ) -> dict[str, str]:  # blocks, labels, qps, positions -> path below the folder
     "The four files of a recording at one block size."
-    return {"blocks": f"intra_raw_blocks/{name}_sample_{size}.txt", "labels": f"labels/{name}_labels_{size}_intra.txt",
-            "qps": f"qps/{name}_qps_{size}_intra.txt", "positions": f"positions/{name}_positions_{size}_intra.txt"}
+    return {
+        "blocks": f"intra_raw_blocks/{name}_sample_{size}.txt",
+        "labels": f"labels/{name}_labels_{size}_intra.txt",
+        "qps": f"qps/{name}_qps_{size}_intra.txt",
+        "positions": f"positions/{name}_positions_{size}_intra.txt",
+    }
 
 # %% ../nbs/02_raw.ipynb #abb27ae0
-def _description(name): return f"recordings/{name}.json"
+def _description(name):
+    return f"recordings/{name}.json"
 
 
 def _load_recording(path):
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        for key in ("frames", "qindexes"): content[key] = tuple(content[key])
-        for key in ("blocks", "edge_nodes"): content[key] = {int(size): count for size, count in content[key].items()}
+        for key in ("frames", "qindexes"):
+            content[key] = tuple(content[key])
+        for key in ("blocks", "edge_nodes"):
+            content[key] = {int(size): count for size, count in content[key].items()}
         return Recording(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecordingError(f"{path} is not the description of a recording ({error}); write the recording again.") from error
+        raise RecordingError(
+            f"{path} is not the description of a recording ({error}); write the recording again."
+        ) from error
 
 
 def list_recordings(
     root: str | Path,  # folder of raw data
 ) -> list[Recording]:  # sorted by name; empty if there is none
     "All complete recordings of a folder. Raises `RecordingError` for a damaged description."
-    return [_load_recording(path) for path in sorted((Path(root)/"recordings").glob("*.json"))]
+    return [_load_recording(path) for path in sorted((Path(root) / "recordings").glob("*.json"))]
 
 # %% ../nbs/02_raw.ipynb #b749e124
 def find_recording(
@@ -735,47 +1095,78 @@ def find_recording(
     name: str,  # recording
 ) -> Recording:  # its description
     "Description of one recording. Raises `FileNotFoundError` that says which recordings there are."
-    path = Path(root)/_description(name)
+    path = Path(root) / _description(name)
     if not path.is_file():
-        raise FileNotFoundError(f"{root} has no recording {name!r}; there are: "
-                                f"{', '.join(p.stem for p in sorted(path.parent.glob('*.json'))) or 'none'}.")
+        raise FileNotFoundError(
+            f"{root} has no recording {name!r}; there are: "
+            f"{', '.join(p.stem for p in sorted(path.parent.glob('*.json'))) or 'none'}."
+        )
     return _load_recording(path)
 
 # %% ../nbs/02_raw.ipynb #d7664f80
-def _frames_file(pictures): return f"frames/{pictures}.npy"
+def _frames_file(pictures):
+    return f"frames/{pictures}.npy"
 
 
 def read_frames(
     root: str | Path,  # folder of raw data
-    recording: Recording | str,  # recording, or the name of a file of pictures: a sequence, where recordings share their source
-) -> np.ndarray:  # uint16 [n, height, width], read-only and mapped, not loaded; picture k is display index `recording.frames[k]`
-    "The luma pictures of a recording. Raises `RecordingError` if the file is missing, truncated or holds something else."
+    # recording, or the name of a file of pictures: a sequence, where recordings share their source
+    recording: Recording | str,
+    # uint16 [n, height, width], read-only and mapped, not loaded; picture k is display index
+    # `recording.frames[k]`
+) -> np.ndarray:
+    """The luma pictures of a recording.
+
+    Raises `RecordingError` if the file is missing, truncated or holds something else.
+    """
     name = recording.pictures if isinstance(recording, Recording) else recording
-    path = Path(root)/_frames_file(name)
+    path = Path(root) / _frames_file(name)
     if not path.is_file():
-        raise RecordingError(f"{root} has no pictures {name!r} ({path} is missing); name a recording, or write it again.")
-    try: pictures = np.load(path, mmap_mode="r", allow_pickle=False)
+        raise RecordingError(
+            f"{root} has no pictures {name!r} ({path} is missing); name a recording, or write it"
+            " again."
+        )
+    try:
+        pictures = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise RecordingError(f"{path} is truncated or damaged ({error}); write its recordings again.") from error
+        raise RecordingError(
+            f"{path} is truncated or damaged ({error}); write its recordings again."
+        ) from error
     if pictures.ndim != 3 or pictures.dtype != np.uint16:
-        raise RecordingError(f"{path} holds {pictures.dtype} {list(pictures.shape)} instead of uint16 [n, height, width].")
+        raise RecordingError(
+            f"{path} holds {pictures.dtype} {list(pictures.shape)} instead of uint16 [n, height,"
+            " width]."
+        )
     return pictures
 
 # %% ../nbs/02_raw.ipynb #d217f8c3
 def _read_block_files(folder, recording, size):
     if size not in recording.blocks:
-        raise RecordingError(f"Recording {recording.name!r} has no blocks of {size}×{size}; it has the sizes "
-                             f"{', '.join(map(str, recording.sizes))}.")
-    paths = {what: Path(folder)/path for what, path in block_files(recording.name, size).items()}
+        raise RecordingError(
+            f"Recording {recording.name!r} has no blocks of {size}×{size}; it has the sizes "
+            f"{', '.join(map(str, recording.sizes))}."
+        )
+    paths = {what: Path(folder) / path for what, path in block_files(recording.name, size).items()}
     if missing := [path for path in paths.values() if not path.is_file()]:
-        raise RecordingError(f"Recording {recording.name!r} lacks the file {missing[0]}; write it again.")
+        raise RecordingError(
+            f"Recording {recording.name!r} lacks the file {missing[0]}; write it again."
+        )
     blocks = read_blocks(paths["blocks"], size)
     labels, qps = read_ints(paths["labels"], 0, 9), read_ints(paths["qps"], 0, 255)
     positions = _read_integers(paths["positions"], ("frame", "row", "col"))
-    counts = {"blocks": len(blocks), "labels": len(labels), "qps": len(qps), "positions": len(positions)}
+    counts = {
+        "blocks": len(blocks),
+        "labels": len(labels),
+        "qps": len(qps),
+        "positions": len(positions),
+    }
     if set(counts.values()) != {recording.blocks[size]}:
-        raise RecordingError(f"Recording {recording.name!r} should have {recording.blocks[size]} blocks of {size}×{size}, but there are "
-                             + ", ".join(f"{count} {what} in {paths[what]}" for what, count in counts.items()) + "; write it again.")
+        raise RecordingError(
+            f"Recording {recording.name!r} should have {recording.blocks[size]} blocks of"
+            f" {size}×{size}, but there are "
+            + ", ".join(f"{count} {what} in {paths[what]}" for what, count in counts.items())
+            + "; write it again."
+        )
     return blocks, positions.assign(type=labels, qindex=qps)
 
 
@@ -783,65 +1174,97 @@ def read_recording(
     root: str | Path,  # folder of raw data
     name: str,  # recording
     size: int,  # side of the blocks in pixels
-) -> tuple[np.ndarray, pd.DataFrame]:  # blocks uint16 [n, size, size]; table of the same length: frame, row, col (pixels), type, qindex
+    # blocks uint16 [n, size, size]; table of the same length: frame, row, col (pixels), type,
+    # qindex
+) -> tuple[np.ndarray, pd.DataFrame]:
     """Blocks and labels of one recording.
 
-    Raises `RecordingError` if their numbers differ and `ValueError` naming file and line for values out of range.
+    Raises `RecordingError` if their numbers differ and `ValueError` naming file and line for values
+    out of range.
     """
     return _read_block_files(root, find_recording(root, name), size)
 
 # %% ../nbs/02_raw.ipynb #9c69b58a
 def _sha256(path):
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _first_difference(a, b): return int((a != b).reshape(len(a), -1).any(axis=1).argmax())
+def _first_difference(a, b):
+    return int((a != b).reshape(len(a), -1).any(axis=1).argmax())
 
 
 def _verify(recording, folder, pictures_root):
     "Check the files in `folder`, with the pictures in `pictures_root`."
     for relative, digest in recording.files.items():
-        path = Path(pictures_root if relative == _frames_file(recording.pictures) else folder)/relative
-        if not path.is_file(): raise RecordingError(f"Recording {recording.name!r} lacks the file {path}; write it again.")
+        path = (
+            Path(pictures_root if relative == _frames_file(recording.pictures) else folder)
+            / relative
+        )
+        if not path.is_file():
+            raise RecordingError(
+                f"Recording {recording.name!r} lacks the file {path}; write it again."
+            )
         if _sha256(path) != digest:
-            raise RecordingError(f"{path} is not the file that was written with recording {recording.name!r} (its SHA-256 differs); write "
-                                 "the recording again.")
+            raise RecordingError(
+                f"{path} is not the file that was written with recording {recording.name!r} (its"
+                " SHA-256 differs); write the recording again."
+            )
     pictures = read_frames(pictures_root, recording)
     if pictures.shape != (len(recording.frames), recording.height, recording.width):
-        raise RecordingError(f"Recording {recording.name!r} describes {len(recording.frames)} frames of "
-                             f"{recording.width}×{recording.height}, but its pictures are {list(pictures.shape)}.")
-    logs = [Path(folder)/path for path in recording.files if path.startswith("logs/")]
-    logged = logs and pd.concat([_read_log(path, recording.width, recording.height, None)[0] for path in logs], ignore_index=True)
+        raise RecordingError(
+            f"Recording {recording.name!r} describes {len(recording.frames)} frames of "
+            f"{recording.width}×{recording.height}, but its pictures are {list(pictures.shape)}."
+        )
+    logs = [Path(folder) / path for path in recording.files if path.startswith("logs/")]
+    logged = logs and pd.concat(
+        [_read_log(path, recording.width, recording.height, None)[0] for path in logs],
+        ignore_index=True,
+    )
     for size in recording.sizes:
         blocks, table = _read_block_files(folder, recording, size)
         if (unknown := ~table["frame"].isin(recording.frames)).any():
-            raise RecordingError(f"Recording {recording.name!r}: a {size}×{size} block is said to be in frame "
-                                 f"{table['frame'][unknown.idxmax()]}, which does not exist.")
+            raise RecordingError(
+                f"Recording {recording.name!r}: a {size}×{size} block is said to be in frame "
+                f"{table['frame'][unknown.idxmax()]}, which does not exist."
+            )
         for k, frame in enumerate(recording.frames):
             here = (table["frame"] == frame).to_numpy()
-            if not here.any(): continue
+            if not here.any():
+                continue
             rows, cols = table["row"].to_numpy()[here], table["col"].to_numpy()[here]
             seen, stored = extract_blocks(pictures[k], rows, cols, size), blocks[here]
             if not np.array_equal(seen, stored):
                 i = _first_difference(seen, stored)
-                raise RecordingError(f"Recording {recording.name!r}: the {size}×{size} block at frame {frame}, row {rows[i]}, column "
-                                     f"{cols[i]} does not hold the pixels of its picture; write it again.")
+                raise RecordingError(
+                    f"Recording {recording.name!r}: the {size}×{size} block at frame {frame}, row"
+                    f" {rows[i]}, column {cols[i]} does not hold the pixels of its picture; write"
+                    " it again."
+                )
         if len(logs):
             wanted = block_table(logged, size, recording.width, recording.height)
             if len(wanted) != len(table):
-                raise RecordingError(f"Recording {recording.name!r}: the logs hold {len(wanted)} blocks of {size}×{size}, the labels "
-                                     f"{len(table)}; write it again.")
+                raise RecordingError(
+                    f"Recording {recording.name!r}: the logs hold {len(wanted)} blocks of"
+                    f" {size}×{size}, the labels {len(table)}; write it again."
+                )
             if not (same := (wanted == table[wanted.columns]).all(axis=1)).all():
                 frame, row, col = table.loc[same.idxmin(), ["frame", "row", "col"]]
-                raise RecordingError(f"Recording {recording.name!r}: the label or qindex of the {size}×{size} block at frame {frame}, row "
-                                     f"{row}, column {col} is not what the log says; write it again.")
+                raise RecordingError(
+                    f"Recording {recording.name!r}: the label or qindex of the {size}×{size} block"
+                    f" at frame {frame}, row {row}, column {col} is not what the log says; write it"
+                    " again."
+                )
 
 
 def verify_recording(
     root: str | Path,  # folder of raw data
     name: str,  # recording
 ) -> Recording:  # its description, once everything agrees
-    "Check a recording against its hashes, its pictures and its logs. Raises `RecordingError` naming the first disagreement."
+    """Check a recording against its hashes, its pictures and its logs.
+
+    Raises `RecordingError` naming the first disagreement.
+    """
     recording = find_recording(root, name)
     _verify(recording, root, root)
     return recording
@@ -849,24 +1272,39 @@ def verify_recording(
 # %% ../nbs/02_raw.ipynb #0d67513a
 def _checked_name(what, name):
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"The {what} name {name!r} must consist of letters, digits, '.', '_' and '-', because files are named after it.")
+        raise ValueError(
+            f"The {what} name {name!r} must consist of letters, digits, '.', '_' and '-', because"
+            " files are named after it."
+        )
     return name
 
 
 def _write_array(path, array):
     with open(path, "wb") as file:  # np.save reports a full disk without saying that it is one
-        np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": array.shape})
-        for picture in array: file.write(np.ascontiguousarray(picture, "<u2").data)
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<u2", "fortran_order": False, "shape": array.shape}
+        )
+        for picture in array:
+            file.write(np.ascontiguousarray(picture, "<u2").data)
 
 
 def _write_block_files(folder, name, size, pictures, frames, table):
-    paths = {what: Path(folder)/path for what, path in block_files(name, size).items()}
-    for path in paths.values(): path.parent.mkdir(parents=True, exist_ok=True)
+    paths = {what: Path(folder) / path for what, path in block_files(name, size).items()}
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
     with open(paths["blocks"], "wb") as file:  # opened once: all frames of the recording go into it
         for k, frame in enumerate(frames):
             here = table[table["frame"] == frame]
-            file.write(np.ascontiguousarray(extract_blocks(pictures[k], here["row"], here["col"], size), "<u2").tobytes())
-    for what, columns in (("labels", ["type"]), ("qps", ["qindex"]), ("positions", ["frame", "row", "col"])):
+            file.write(
+                np.ascontiguousarray(
+                    extract_blocks(pictures[k], here["row"], here["col"], size), "<u2"
+                ).tobytes()
+            )
+    for what, columns in (
+        ("labels", ["type"]),
+        ("qps", ["qindex"]),
+        ("positions", ["frame", "row", "col"]),
+    ):
         _write_columns(paths[what], table[columns])
 
 
@@ -876,42 +1314,66 @@ def _move(source, target, made):
 
 
 def _commit(staging, root, new, old):
-    "Move the files `new` from staging to root, in place of `old`; on any error everything is as before."
+    """Move the files `new` from staging to root, in place of `old`; on any error everything is as
+    before.
+    """
     done, made = [], []
     try:
         for relative in dict.fromkeys((*old, *new)):
-            if (root/relative).exists():
-                _move(root/relative, staging/"replaced"/relative, [])
-                done.append((staging/"replaced"/relative, root/relative))
+            if (root / relative).exists():
+                _move(root / relative, staging / "replaced" / relative, [])
+                done.append((staging / "replaced" / relative, root / relative))
         for relative in new:
-            _move(staging/relative, root/relative, made)
-            done.append((root/relative, staging/relative))
+            _move(staging / relative, root / relative, made)
+            done.append((root / relative, staging / relative))
     except BaseException:
-        for source, target in reversed(done): os.replace(source, target)
+        for source, target in reversed(done):
+            os.replace(source, target)
         remove_empty(made)
         raise
 
 
 def _pictures_are_stored(root, name, file_name, pictures, frames):
-    "Whether the pictures are there already; raises if other recordings need what is there, and it is something else."
-    path = Path(root)/_frames_file(file_name)
-    if not path.exists(): return False
+    """Whether the pictures are there already; raises if other recordings need what is there, and it
+    is something else.
+    """
+    path = Path(root) / _frames_file(file_name)
+    if not path.exists():
+        return False
     others = [r for r in list_recordings(root) if r.pictures == file_name and r.name != name]
-    try: stored = read_frames(root, file_name)
+    try:
+        stored = read_frames(root, file_name)
     except RecordingError:
-        if others: raise
+        if others:
+            raise
         return False  # nobody needs it, and it is about to be replaced
-    advice = f"Recording {others[0].name!r} needs them: use another sequence name, or another folder." if others else ""
+    advice = (
+        f"Recording {others[0].name!r} needs them: use another sequence name, or another folder."
+        if others
+        else ""
+    )
     if stored.shape != pictures.shape:
-        if not others: return False
-        raise ValueError(f"{path} holds {list(stored.shape)} pictures, the new recording brings {list(pictures.shape)}. {advice}")
+        if not others:
+            return False
+        raise ValueError(
+            f"{path} holds {list(stored.shape)} pictures, the new recording brings"
+            f" {list(pictures.shape)}. {advice}"
+        )
     if others and others[0].frames != frames:
-        raise ValueError(f"{path} holds the frames {list(others[0].frames)}, the new recording brings {list(frames)}. {advice}")
+        raise ValueError(
+            f"{path} holds the frames {list(others[0].frames)}, the new recording brings"
+            f" {list(frames)}. {advice}"
+        )
     for k, frame in enumerate(frames):
-        if np.array_equal(stored[k], pictures[k]): continue
-        if not others: return False
+        if np.array_equal(stored[k], pictures[k]):
+            continue
+        if not others:
+            return False
         r, c = np.argwhere(stored[k] != pictures[k])[0]
-        raise ValueError(f"{path} holds another picture for frame {frame} (first difference at row {r}, column {c}). {advice}")
+        raise ValueError(
+            f"{path} holds another picture for frame {frame} (first difference at row {r}, column"
+            f" {c}). {advice}"
+        )
     return True
 
 
@@ -919,55 +1381,84 @@ def write_recording(
     root: str | Path,  # folder of raw data; made if missing
     name: str,  # of this encode; a recording of this name is replaced
     sequence: str,  # of the content
-    luma: np.ndarray,  # pictures, integers 0–1023 [frames, height, width], or [height, width] for one
+    # pictures, integers 0–1023 [frames, height, width], or [height, width] for one
+    luma: np.ndarray,
     nodes: pd.DataFrame,  # node table (pixels) of these frames
     sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
     excel: bool = True,  # write the workbooks
     logs: bool = True,  # write the partition logs
-    frames: Iterable[int] | None = None,  # display index of each picture, as in the node table; None: 0, 1, 2, …
+    # display index of each picture, as in the node table; None: 0, 1, 2, …
+    frames: Iterable[int] | None = None,
     reading: str = "coded",  # what the node table holds: "coded" or "searched" nodes
     source: str = "",  # where pictures and labels come from, in words
     source_bit_depth: int = 10,  # of the pictures before they came onto the 10-bit scale: 8 or 10
-    decoded: bool = False,  # the pictures are what this encode decodes to, so that no other recording shares them
+    # the pictures are what this encode decodes to, so that no other recording shares them
+    decoded: bool = False,
 ) -> Recording:  # its description
-    "Write all files of a recording, verified, or nothing. Raises `ValueError` for anything that cannot be, `OSError` for a full disk."
+    """Write all files of a recording, verified, or nothing.
+
+    Raises `ValueError` for anything that cannot be, `OSError` for a full disk.
+    """
     root, sizes = Path(root), tuple(sorted(set(sizes), reverse=True))
     _checked_name("recording", name), _checked_name("sequence", sequence)
-    if not sizes or set(sizes) - set(BLOCK_SIZES): raise ValueError(f"sizes is {list(sizes)}; block sizes are 8, 16, 32 and 64.")
-    if source_bit_depth not in (8, 10): raise ValueError(f"source_bit_depth is {source_bit_depth}; it must be 8 or 10.")
+    if not sizes or set(sizes) - set(BLOCK_SIZES):
+        raise ValueError(f"sizes is {list(sizes)}; block sizes are 8, 16, 32 and 64.")
+    if source_bit_depth not in (8, 10):
+        raise ValueError(f"source_bit_depth is {source_bit_depth}; it must be 8 or 10.")
     pictures, frames = _checked_pictures(name, luma, frames)
     nodes = _checked_tree(nodes, pictures, frames, reading)
-    before = find_recording(root, name) if (root/_description(name)).exists() else None
+    before = find_recording(root, name) if (root / _description(name)).exists() else None
     if before and before.sequence != sequence:
-        raise ValueError(f"{root} has a recording {name!r} of the sequence {before.sequence!r} already; choose another name.")
+        raise ValueError(
+            f"{root} has a recording {name!r} of the sequence {before.sequence!r} already; choose"
+            " another name."
+        )
     file_name = name if decoded else sequence
     stored = _pictures_are_stored(root, name, file_name, pictures, frames)
 
-    staging, made = root/f".{name}.{uuid.uuid4().hex}.part", []
+    staging, made = root / f".{name}.{uuid.uuid4().hex}.part", []
     try:
         made = make_folder(root)
-        files = _stage_files(staging, name, file_name, pictures, frames, nodes, sizes, excel, logs, stored)
-        digests = {path: _sha256(staging/path) for path in files}
-        if stored: digests[_frames_file(file_name)] = _sha256(root/_frames_file(file_name))
+        files = _stage_files(
+            staging, name, file_name, pictures, frames, nodes, sizes, excel, logs, stored
+        )
+        digests = {path: _sha256(staging / path) for path in files}
+        if stored:
+            digests[_frames_file(file_name)] = _sha256(root / _frames_file(file_name))
         of_intra = nodes.loc[nodes["frame_type"] == 0, "size"].value_counts()
         _, height, width = pictures.shape
         blocks = {size: len(block_table(nodes, size, width, height)) for size in sizes}
         recording = Recording(
-            name=name, sequence=sequence, width=width, height=height, pictures=file_name, frames=frames,
-            qindexes=tuple(np.unique(nodes["qindex"]).tolist()), nodes=reading, blocks=blocks,
+            name=name,
+            sequence=sequence,
+            width=width,
+            height=height,
+            pictures=file_name,
+            frames=frames,
+            qindexes=tuple(np.unique(nodes["qindex"]).tolist()),
+            nodes=reading,
+            blocks=blocks,
             edge_nodes={size: int(of_intra.get(size, 0)) - count for size, count in blocks.items()},
-            source_bit_depth=source_bit_depth, scale=4 if source_bit_depth == 8 else 1, source=source, files=digests)
+            source_bit_depth=source_bit_depth,
+            scale=4 if source_bit_depth == 8 else 1,
+            source=source,
+            files=digests,
+        )
         _verify(recording, staging, root if stored else staging)
-        (staging/"recordings").mkdir()
-        (staging/_description(name)).write_text(json.dumps(asdict(recording), indent=1) + "\n", encoding="utf-8")
+        (staging / "recordings").mkdir()
+        (staging / _description(name)).write_text(
+            json.dumps(asdict(recording), indent=1) + "\n", encoding="utf-8"
+        )
         old = {_description(name), *before.files} if before else set()
         kept = {_frames_file(r.pictures) for r in list_recordings(root) if r.name != name}
-        if stored: kept.add(_frames_file(file_name))
+        if stored:
+            kept.add(_frames_file(file_name))
         _commit(staging, root, [*files, _description(name)], sorted(old - kept))
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         remove_empty(made)
-        if isinstance(error, OSError) and error.errno in DISK_FULL: raise disk_full(error, f"Recording {name!r} in {root}") from error
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise disk_full(error, f"Recording {name!r} in {root}") from error
         raise
     shutil.rmtree(staging)
     return recording
@@ -975,28 +1466,44 @@ def write_recording(
 
 def _checked_pictures(name, luma, frames):
     pictures = luma[None] if luma.ndim == 2 else luma
-    if pictures.ndim != 3: raise ValueError(f"luma has the shape {list(luma.shape)}; it must be [frames, height, width].")
+    if pictures.ndim != 3:
+        raise ValueError(
+            f"luma has the shape {list(luma.shape)}; it must be [frames, height, width]."
+        )
     frames = tuple(range(len(pictures))) if frames is None else tuple(int(n) for n in frames)
     if len(frames) != len(pictures) or len(set(frames)) != len(frames):
-        raise ValueError(f"frames must name each of the {len(pictures)} pictures once; it is {list(frames)}.")
-    for picture, frame in zip(pictures, frames): require_ten_bit(picture, f"Recording {name!r}, frame {frame}")
+        raise ValueError(
+            f"frames must name each of the {len(pictures)} pictures once; it is {list(frames)}."
+        )
+    for picture, frame in zip(pictures, frames):
+        require_ten_bit(picture, f"Recording {name!r}, frame {frame}")
     return pictures.astype(np.uint16, copy=False), frames
 
 
 def _checked_tree(nodes, pictures, frames, reading):
-    if reading not in ("coded", "searched"): raise ValueError(f"reading is {reading!r}; it must be 'coded' or 'searched'.")
+    if reading not in ("coded", "searched"):
+        raise ValueError(f"reading is {reading!r}; it must be 'coded' or 'searched'.")
     if (said := nodes.attrs.get("reading", reading)) != reading:
         raise ValueError(f"The node table holds {said} nodes, but reading is {reading!r}.")
     _, height, width = pictures.shape
     nodes = require_nodes(nodes, width, height)
     if missing := sorted(set(frames) - set(nodes["frame"])):
-        raise ValueError(f"There are no nodes for frame {missing[0]}; leave out pictures without labels (frames names the others).")
+        raise ValueError(
+            f"There are no nodes for frame {missing[0]}; leave out pictures without labels (frames"
+            " names the others)."
+        )
     if extra := sorted(set(nodes["frame"]) - set(frames)):
-        raise ValueError(f"There is no picture for frame {extra[0]} of the node table; the pictures are frames {list(frames)}.")
+        raise ValueError(
+            f"There is no picture for frame {extra[0]} of the node table; the pictures are frames"
+            f" {list(frames)}."
+        )
     if reading == "coded" and (against := ancestry(nodes, None, width, height) == NOT_CODED).any():
         frame, size, row, col = nodes.loc[against, _PLACE].iloc[0]
-        raise ValueError(f"The nodes are said to be coded, but the {size}×{size} block at frame {frame}, row {row}, column {col} lies in a "
-                         "block that is not split; read the log as coded nodes, or say reading='searched'.")
+        raise ValueError(
+            f"The nodes are said to be coded, but the {size}×{size} block at frame {frame}, row"
+            f" {row}, column {col} lies in a block that is not split; read the log as coded nodes,"
+            " or say reading='searched'."
+        )
     return nodes
 
 
@@ -1004,12 +1511,17 @@ def _stage_files(staging, name, file_name, pictures, frames, nodes, sizes, excel
     "Write every file but the description below `staging`; return their paths relative to it."
     height, width = pictures.shape[1:]
     if not stored:
-        (staging/"frames").mkdir(parents=True)
-        _write_array(staging/_frames_file(file_name), pictures)
+        (staging / "frames").mkdir(parents=True)
+        _write_array(staging / _frames_file(file_name), pictures)
     for frame, of_frame in nodes.groupby("frame"):
-        if logs: write_partition_log(staging/"logs"/name/f"partition_frame_{frame}.txt", of_frame)
-        if excel and of_frame["frame_type"].iloc[0] == 0: write_excel(staging/"excel"/f"{name}-intra-{frame}.xlsx", of_frame)
-    for size in sizes: _write_block_files(staging, name, size, pictures, frames, block_table(nodes, size, width, height))
+        if logs:
+            write_partition_log(staging / "logs" / name / f"partition_frame_{frame}.txt", of_frame)
+        if excel and of_frame["frame_type"].iloc[0] == 0:
+            write_excel(staging / "excel" / f"{name}-intra-{frame}.xlsx", of_frame)
+    for size in sizes:
+        _write_block_files(
+            staging, name, size, pictures, frames, block_table(nodes, size, width, height)
+        )
     return sorted(str(p.relative_to(staging).as_posix()) for p in staging.rglob("*") if p.is_file())
 
 # %% ../nbs/02_raw.ipynb #62b9c2db
@@ -1018,44 +1530,64 @@ def merge_recordings(
     sequence: str | None = None,  # merge all recordings of this sequence
     names: Iterable[str] | None = None,  # or these recordings
     size: int = 16,  # side of the blocks in pixels
-    out: str | Path | None = None,  # folder for the merged blocks, labels, qps and positions; None: write nothing
-) -> tuple[np.ndarray, pd.DataFrame]:  # blocks uint16 [n, size, size]; table: recording, sequence, frame, row, col, type, qindex
+    # folder for the merged blocks, labels, qps and positions; None: write nothing
+    out: str | Path | None = None,
+    # blocks uint16 [n, size, size]; table: recording, sequence, frame, row, col, type, qindex
+) -> tuple[np.ndarray, pd.DataFrame]:
     """Blocks and labels of several recordings, one after the other, by name.
 
     Raises `ValueError` if there is none, or if `out` would mix sequences.
     """
-    if (sequence is None) == (names is None): raise ValueError("Give either a sequence or the names of recordings to merge.")
+    if (sequence is None) == (names is None):
+        raise ValueError("Give either a sequence or the names of recordings to merge.")
     if names is None:
         chosen = [r for r in list_recordings(root) if r.sequence == sequence]
         if not chosen:
-            raise ValueError(f"{root} has no recording of the sequence {sequence!r}; there are: "
-                             f"{', '.join(sorted({r.sequence for r in list_recordings(root)})) or 'none'}.")
+            raise ValueError(
+                f"{root} has no recording of the sequence {sequence!r}; there are: "
+                f"{', '.join(sorted({r.sequence for r in list_recordings(root)})) or 'none'}."
+            )
     else:
         chosen = [find_recording(root, name) for name in sorted(set(names))]
-        if not chosen: raise ValueError("There is no recording to merge: names is empty.")
+        if not chosen:
+            raise ValueError("There is no recording to merge: names is empty.")
     if len(readings := {r.nodes for r in chosen}) > 1:
         raise ValueError(f"Recordings of {' and '.join(sorted(readings))} nodes cannot be merged.")
     parts = [_read_block_files(root, r, size) for r in chosen]
     blocks = np.concatenate([b for b, _ in parts])
-    table = pd.concat([t.assign(recording=r.name, sequence=r.sequence) for (_, t), r in zip(parts, chosen)], ignore_index=True)
+    table = pd.concat(
+        [t.assign(recording=r.name, sequence=r.sequence) for (_, t), r in zip(parts, chosen)],
+        ignore_index=True,
+    )
     table = table[["recording", "sequence", "frame", "row", "col", "type", "qindex"]]
     if out is not None:
         if len({r.sequence for r in chosen}) > 1:
-            raise ValueError("Only recordings of one sequence are written as one; leave out=None to merge several.")
+            raise ValueError(
+                "Only recordings of one sequence are written as one; leave out=None to merge"
+                " several."
+            )
         _write_merged(Path(out), chosen[0].sequence, size, blocks, table)
     return blocks, table
 
 
 def _write_merged(out, sequence, size, blocks, table):
-    if (out/_description(sequence)).exists():
-        raise ValueError(f"{out} has a recording named {sequence!r}, whose files would be overwritten; choose another folder.")
-    staging, made = out/f".{sequence}.{uuid.uuid4().hex}.part", make_folder(out)
+    if (out / _description(sequence)).exists():
+        raise ValueError(
+            f"{out} has a recording named {sequence!r}, whose files would be overwritten; choose"
+            " another folder."
+        )
+    staging, made = out / f".{sequence}.{uuid.uuid4().hex}.part", make_folder(out)
     files = block_files(sequence, size)
     try:
-        for path in files.values(): (staging/path).parent.mkdir(parents=True, exist_ok=True)
-        (staging/files["blocks"]).write_bytes(np.ascontiguousarray(blocks, "<u2").tobytes())
-        for what, columns in (("labels", ["type"]), ("qps", ["qindex"]), ("positions", ["frame", "row", "col"])):
-            _write_columns(staging/files[what], table[columns])
+        for path in files.values():
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+        (staging / files["blocks"]).write_bytes(np.ascontiguousarray(blocks, "<u2").tobytes())
+        for what, columns in (
+            ("labels", ["type"]),
+            ("qps", ["qindex"]),
+            ("positions", ["frame", "row", "col"]),
+        ):
+            _write_columns(staging / files[what], table[columns])
         _commit(staging, out, list(files.values()), [])
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -1070,14 +1602,18 @@ def recording_from_frames(
     root: str | Path,  # folder of raw data; made if missing
     name: str,  # of this encode
     sequence: str,  # of the content
-    frames: Iterable,  # objects with index, luma (uint16 [height, width]), bit_depth and nodes(min_size), as `read_trees` yields them
+    # objects with index, luma (uint16 [height, width]), bit_depth and nodes(min_size), as
+    # `read_trees` yields them
+    frames: Iterable,
     sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
     excel: bool = True,  # write the workbooks
     logs: bool = True,  # write the partition logs
     source: str = "",  # where the stream comes from, in words
     min_size: int = 8,  # smallest nodes to list, pixels
-    pictures: np.ndarray | None = None,  # source luma, integers 0–1023 [frames, height, width], by display index; None: the decoded luma
-    source_bit_depth: int = 10,  # of the source pictures before they came onto the 10-bit scale: 8 or 10
+    # source luma, integers 0–1023 [frames, height, width], by display index; None: the decoded luma
+    pictures: np.ndarray | None = None,
+    # of the source pictures before they came onto the 10-bit scale: 8 or 10
+    source_bit_depth: int = 10,
 ) -> Recording:  # its description
     """Write a recording of coded nodes from decoded frames.
 
@@ -1090,65 +1626,124 @@ def recording_from_frames(
             left_out += 1
             continue
         where = f"Recording {name!r}, frame {frame.index}"
-        if frame.index in found: raise ValueError(f"{where}: two frames have this display index.")
-        if frame.bit_depth not in (8, 10): raise ValueError(f"{where} has {frame.bit_depth} bits a sample; only 8 and 10 are supported.")
+        if frame.index in found:
+            raise ValueError(f"{where}: two frames have this display index.")
+        if frame.bit_depth not in (8, 10):
+            raise ValueError(
+                f"{where} has {frame.bit_depth} bits a sample; only 8 and 10 are supported."
+            )
         if pictures is None and frame.luma is None:
-            raise ValueError(f"{where} was read without luma; read the stream with luma=True, or give the pictures.")
-        if pictures is not None and frame.index >= len(pictures): raise ValueError(f"{where}: there are only {len(pictures)} pictures.")
+            raise ValueError(
+                f"{where} was read without luma; read the stream with luma=True, or give the"
+                " pictures."
+            )
+        if pictures is not None and frame.index >= len(pictures):
+            raise ValueError(f"{where}: there are only {len(pictures)} pictures.")
         luma = np.asarray(frame.luma if pictures is None else pictures[frame.index])
-        if pictures is None and frame.bit_depth == 8: luma = luma.astype(np.uint16) * 4
+        if pictures is None and frame.bit_depth == 8:
+            luma = luma.astype(np.uint16) * 4
         if pictures is not None and luma.shape != (frame.height, frame.width):
-            raise ValueError(f"{where} is {frame.width}×{frame.height}, but its picture is {luma.shape[1]}×{luma.shape[0]}.")
+            raise ValueError(
+                f"{where} is {frame.width}×{frame.height}, but its picture is"
+                f" {luma.shape[1]}×{luma.shape[0]}."
+            )
         if found and luma.shape != (shape := next(iter(found.values())).shape):
-            raise ValueError(f"{where} is {luma.shape[1]}×{luma.shape[0]} after frames of {shape[1]}×{shape[0]}; label each size as its "
-                             "own recording.")
+            raise ValueError(
+                f"{where} is {luma.shape[1]}×{luma.shape[0]} after frames of {shape[1]}×{shape[0]};"
+                " label each size as its own recording."
+            )
         found[frame.index] = luma
         depths.add(frame.bit_depth)
         tables.append(nodes)
-    if not found: raise ValueError(f"Recording {name!r}: the stream holds no frame with a partition tree.")
+    if not found:
+        raise ValueError(f"Recording {name!r}: the stream holds no frame with a partition tree.")
     if left_out:
-        warnings.warn(f"Recording {name!r}: {left_out} frames that are shown again or never are left out; {len(found)} are "
-                      "kept.", stacklevel=2)
+        warnings.warn(
+            f"Recording {name!r}: {left_out} frames that are shown again or never are left out;"
+            f" {len(found)} are kept.",
+            stacklevel=2,
+        )
     if len(depths) > 1:
-        raise ValueError(f"Recording {name!r}: the frames have {' and '.join(map(str, sorted(depths)))} bits a sample; label each kind as "
-                         "its own recording.")
+        raise ValueError(
+            f"Recording {name!r}: the frames have {' and '.join(map(str, sorted(depths)))} bits a"
+            " sample; label each kind as its own recording."
+        )
     order = sorted(found)
     luma, nodes = np.stack([found[n] for n in order]), pd.concat(tables, ignore_index=True)
-    return write_recording(root, name, sequence, luma, nodes, sizes, excel, logs, frames=order, reading="coded", source=source,
-                           source_bit_depth=depths.pop() if pictures is None else source_bit_depth, decoded=pictures is None)
+    return write_recording(
+        root,
+        name,
+        sequence,
+        luma,
+        nodes,
+        sizes,
+        excel,
+        logs,
+        frames=order,
+        reading="coded",
+        source=source,
+        source_bit_depth=depths.pop() if pictures is None else source_bit_depth,
+        decoded=pictures is None,
+    )
 
 # %% ../nbs/02_raw.ipynb #3d41f4db
 def _named(inputs, sequences, suffix_of=lambda path: path.stem):
     "Pairs of path, name and sequence; names must differ."
     paths = [Path(p) for p in inputs]
-    if not paths: raise ValueError("There is nothing to import: inputs is empty.")
+    if not paths:
+        raise ValueError("There is nothing to import: inputs is empty.")
     if sequences and len(sequences) != len(paths):
-        raise ValueError(f"There are {len(paths)} inputs, but {len(sequences)} sequence names; give one for each, or none.")
+        raise ValueError(
+            f"There are {len(paths)} inputs, but {len(sequences)} sequence names; give one for"
+            " each, or none."
+        )
     names = [_checked_name("recording", suffix_of(path)) for path in paths]
     if len(set(names)) < len(names):
-        raise ValueError(f"Two inputs are named {max(names, key=names.count)!r}; rename one, because recordings are named after them.")
-    return [(path, name, sequence or name) for path, name, sequence in zip(paths, names, sequences or [None] * len(paths))]
+        raise ValueError(
+            f"Two inputs are named {max(names, key=names.count)!r}; rename one, because recordings"
+            " are named after them."
+        )
+    return [
+        (path, name, sequence or name)
+        for path, name, sequence in zip(paths, names, sequences or [None] * len(paths))
+    ]
 
 
-def _progress(items, what, total=None): return tqdm(items, desc=what, total=total, file=sys.stdout, ascii=True)
+def _progress(items, what, total=None):
+    return tqdm(items, desc=what, total=total, file=sys.stdout, ascii=True)
 
 
 def import_streams(
     root: str | Path,  # folder of raw data; made if missing
     inputs: Iterable,  # AV1 streams: IVF, OBU, WebM, Matroska, MP4 or AVIF
-    sequences: Iterable[str] = (),  # sequence name of each input; empty: the file names without ending
+    # sequence name of each input; empty: the file names without ending
+    sequences: Iterable[str] = (),
     sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
     excel: bool = True,  # write the workbooks
 ) -> list[Recording]:  # one for each stream, named after its file
-    "Label streams. The pixels are the decoder's. Raises as `read_trees` and `recording_from_frames` do."
-    return [recording_from_frames(root, name, sequence, read_trees(path), tuple(sizes), excel, source=f"stream {path.name}")
-            for path, name, sequence in _progress(_named(inputs, list(sequences)), "streams")]
+    """Label streams.
+
+    The pixels are the decoder's. Raises as `read_trees` and `recording_from_frames` do.
+    """
+    return [
+        recording_from_frames(
+            root,
+            name,
+            sequence,
+            read_trees(path),
+            tuple(sizes),
+            excel,
+            source=f"stream {path.name}",
+        )
+        for path, name, sequence in _progress(_named(inputs, list(sequences)), "streams")
+    ]
 
 # %% ../nbs/02_raw.ipynb #f63eb0d2
 def import_videos(
     root: str | Path,  # folder of raw data; made if missing; the streams go to its folder streams/
     inputs: Iterable,  # videos: .y4m, or .yuv with width and height
-    sequences: Iterable[str] = (),  # sequence name of each input; empty: the file names without ending
+    # sequence name of each input; empty: the file names without ending
+    sequences: Iterable[str] = (),
     width: int | None = None,  # of .yuv videos, pixels
     height: int | None = None,  # of .yuv videos, pixels
     qindexes: Iterable[int] = tuple(CQ_FOR_QINDEX),  # quantisers to encode at
@@ -1156,20 +1751,45 @@ def import_videos(
     sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
     excel: bool = True,  # write the workbooks
 ) -> list[Recording]:  # one for each video and quantiser, named <file name>_q<qindex>
-    "Encode videos all-intra at constant quality and label them. The pixels are the source's. Raises as the functions it calls do."
+    """Encode videos all-intra at constant quality and label them.
+
+    The pixels are the source's. Raises as the functions it calls do.
+    """
     qindexes = tuple(qindexes)
     if unknown := [q for q in qindexes if q not in CQ_FOR_QINDEX]:
-        raise ValueError(f"qindex {unknown[0]} is none of {', '.join(map(str, CQ_FOR_QINDEX))}, the ones whose cq-level is known.")
+        raise ValueError(
+            f"qindex {unknown[0]} is none of {', '.join(map(str, CQ_FOR_QINDEX))}, the ones whose"
+            " cq-level is known."
+        )
     recordings, named = [], _named(inputs, list(sequences))
     with _progress(None, "videos", total=len(named) * len(qindexes)) as progress:
         for path, name, sequence in named:
             info, planes = probe_video(path, width, height), read_video_planes(path, width, height)
             for q in qindexes:
-                stream = Path(root)/"streams"/f"{name}_q{q:03}.ivf"
-                encode(zip(*planes), stream, cq_level=CQ_FOR_QINDEX[q], cpu_used=cpu_used, fps=info.fps or (30, 1))
-                recordings.append(recording_from_frames(
-                    root, stream.stem, sequence, read_trees(stream, luma=False), tuple(sizes), excel, pictures=planes[0],
-                    source_bit_depth=info.bit_depth, source=f"{path.name}, encoded with cq-level {CQ_FOR_QINDEX[q]}, cpu-used {cpu_used}"))
+                stream = Path(root) / "streams" / f"{name}_q{q:03}.ivf"
+                encode(
+                    zip(*planes),
+                    stream,
+                    cq_level=CQ_FOR_QINDEX[q],
+                    cpu_used=cpu_used,
+                    fps=info.fps or (30, 1),
+                )
+                recordings.append(
+                    recording_from_frames(
+                        root,
+                        stream.stem,
+                        sequence,
+                        read_trees(stream, luma=False),
+                        tuple(sizes),
+                        excel,
+                        pictures=planes[0],
+                        source_bit_depth=info.bit_depth,
+                        source=(
+                            f"{path.name}, encoded with cq-level {CQ_FOR_QINDEX[q]}, cpu-used"
+                            f" {cpu_used}"
+                        ),
+                    )
+                )
                 progress.update()
     return recordings
 
@@ -1185,16 +1805,38 @@ def import_logs(
     sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
     excel: bool = True,  # write the workbooks
 ) -> list[Recording]:  # one for each folder, named after it
-    "Bring logs and videos together; only frames that have a log are read. Raises as the functions it calls do."
-    named, videos, recordings = _named(inputs, list(sequences), lambda path: path.name), list(videos), []
+    """Bring logs and videos together; only frames that have a log are read.
+
+    Raises as the functions it calls do.
+    """
+    named, videos, recordings = (
+        _named(inputs, list(sequences), lambda path: path.name),
+        list(videos),
+        [],
+    )
     if len(videos) != len(named):
-        raise ValueError(f"There are {len(named)} folders with logs, but {len(videos)} videos; give one for each.")
+        raise ValueError(
+            f"There are {len(named)} folders with logs, but {len(videos)} videos; give one for"
+            " each."
+        )
     for (folder, name, sequence), video in _progress(list(zip(named, videos)), "logs"):
         info = probe_video(video, width, height)
         nodes = read_partition_logs(folder, searched, width=info.width, height=info.height)
         frames = sorted(set(nodes["frame"].tolist()))
         luma = read_video(video, width, height, frames)
-        recordings.append(write_recording(root, name, sequence, luma, nodes, tuple(sizes), excel, frames=frames,
-                                          reading=nodes.attrs["reading"], source=f"logs {folder.name}, video {Path(video).name}",
-                                          source_bit_depth=info.bit_depth))
+        recordings.append(
+            write_recording(
+                root,
+                name,
+                sequence,
+                luma,
+                nodes,
+                tuple(sizes),
+                excel,
+                frames=frames,
+                reading=nodes.attrs["reading"],
+                source=f"logs {folder.name}, video {Path(video).name}",
+                source_bit_depth=info.bit_depth,
+            )
+        )
     return recordings

@@ -17,20 +17,50 @@ import torch
 
 from .augment import Compose, CutMix, GaussianNoise, MixUp, Symmetry, stage_label_map
 from .datasets import BalancedSampler, Batches, read_block_sets, read_stage3, stage_subset
-from .heads import Ensemble, StageModel, build_model, checkpoint_prefix, find_hierarchy, is_binary, load_backbone, read_checkpoint
-from .losses import (BinaryFocal, CenterLoss, ClassBalancedFocal, CrossEntropy, HardExampleMining, HardNegativeMining, MultiClassFocal, Objective,
-                          PositiveWeightFocal, inverse_frequency_weights)
+from av1nb.heads import (
+    Ensemble,
+    StageModel,
+    build_model,
+    checkpoint_prefix,
+    find_hierarchy,
+    is_binary,
+    load_backbone,
+    read_checkpoint,
+)
+from av1nb.losses import (
+    BinaryFocal,
+    CenterLoss,
+    ClassBalancedFocal,
+    CrossEntropy,
+    HardExampleMining,
+    HardNegativeMining,
+    MultiClassFocal,
+    Objective,
+    PositiveWeightFocal,
+    inverse_frequency_weights,
+)
 from .metrics import Score, baselines, bootstrap_interval, classification_report
 from .partitions import SYMMETRIES, Hierarchy
 from .training import History, TrainConfig, fit, pick_device, save_stage, set_seed
 
 # %% ../nbs/16_recipes.ipynb #cf1ecf09
-LOSSES = ("focal", "class_balanced_focal", "positive_weight_focal", "cross_entropy", "weighted_cross_entropy")
+LOSSES = (
+    "focal",
+    "class_balanced_focal",
+    "positive_weight_focal",
+    "cross_entropy",
+    "weighted_cross_entropy",
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    "How one stage is trained. Raises `ValueError` for a loss that does not exist; the other values are checked where they are used."
+    """How one stage is trained.
+
+    Raises `ValueError` for a loss that does not exist; the other values are checked where they are
+    used.
+    """
+
     architecture: str = "v6"  # backbone: "v6" or "v5"
     head: str = "auto"  # "auto" or a head of `heads.HEADS`
     loss: str = "focal"  # one of LOSSES
@@ -38,11 +68,13 @@ class Recipe:
     alpha: float | None = None  # focal: weight of PARTITION against NONE (0–1), None: both count 1
     beta: float = 0.9999  # class-balanced focal: decay of the effective number of samples
     smoothing: float = 0.0  # cross-entropy: label smoothing
-    hard: float = 0.0  # 0: off; binary: negatives kept for each positive; several classes: share of the batch kept
+    # 0: off; binary: negatives kept for each positive; several classes: share of the batch kept
+    hard: float = 0.0
     center_weight: float = 0.0  # weight of the center loss; needs the fine-grained head
     mixup: float = 0.0  # α of MixUp's Beta distribution, 0: off
     cutmix: float = 0.0  # α of CutMix's Beta distribution, 0: off
-    symmetries: tuple = SYMMETRIES  # symmetries of the square that training blocks take at random, labels with them
+    # symmetries of the square that training blocks take at random, labels with them
+    symmetries: tuple = SYMMETRIES
     noise: float = 2.0  # standard deviation of added noise in ten-bit steps
     balanced: bool = True  # draw every class equally often
     epochs: int = 20  # passes over the training blocks
@@ -57,10 +89,12 @@ class Recipe:
     members: int = 1  # networks that vote, each on its own bootstrap sample
     qindex: bool = False  # whether the network is told the quantiser
     centre: bool = False  # whether the mean of each block is subtracted first
-    monitor: str = "macro_f1"  # which validation score chooses the best epoch: macro_f1, auc, accuracy, …
+    # which validation score chooses the best epoch: macro_f1, auc, accuracy, …
+    monitor: str = "macro_f1"
 
     def __post_init__(self):
-        if self.loss not in LOSSES: raise ValueError(f"there is no loss {self.loss!r}: choose one of {', '.join(LOSSES)}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"there is no loss {self.loss!r}: choose one of {', '.join(LOSSES)}")
         object.__setattr__(self, "symmetries", tuple(self.symmetries))
 
 # %% ../nbs/16_recipes.ipynb #e2ea63c1
@@ -68,15 +102,59 @@ ALWAYS = 10**6  # frozen epochs: more than any training has
 
 RECIPES = {
     ("v6", "stage1"): Recipe(loss="focal", gamma=2.5, alpha=0.25, epochs=20),
-    ("v6", "stage2"): Recipe(loss="class_balanced_focal", balanced=False, lr_head=5e-4, lr_backbone=1e-6, epochs=30, frozen_epochs=8),
+    ("v6", "stage2"): Recipe(
+        loss="class_balanced_focal",
+        balanced=False,
+        lr_head=5e-4,
+        lr_backbone=1e-6,
+        epochs=30,
+        frozen_epochs=8,
+    ),
     ("v6", "RECT"): Recipe(loss="focal", lr_head=5e-4, lr_backbone=5e-4, epochs=30),
-    ("v6", "AB"): Recipe(head="fine_grained", loss="focal", lr_head=3e-4, lr_backbone=3e-5, epochs=30, frozen_epochs=5,
-                         center_weight=0.001, cutmix=1.0, members=3),
-    ("v5", "stage1"): Recipe("v5", loss="positive_weight_focal", epochs=20, balanced=False, patience=8),
-    ("v5", "stage2"): Recipe("v5", loss="weighted_cross_entropy", smoothing=0.05, epochs=20, balanced=False),
-    ("v5", "RECT"): Recipe("v5", loss="weighted_cross_entropy", smoothing=0.02, lr_head=3e-4, epochs=20, frozen_epochs=ALWAYS, balanced=False),
-    ("v5", "AB"): Recipe("v5", loss="weighted_cross_entropy", smoothing=0.02, lr_head=3e-4, epochs=20, frozen_epochs=ALWAYS, balanced=False),
-    ("v5", "1TO4"): Recipe("v5", loss="weighted_cross_entropy", smoothing=0.02, lr_head=3e-4, epochs=20, frozen_epochs=ALWAYS, balanced=False),
+    ("v6", "AB"): Recipe(
+        head="fine_grained",
+        loss="focal",
+        lr_head=3e-4,
+        lr_backbone=3e-5,
+        epochs=30,
+        frozen_epochs=5,
+        center_weight=0.001,
+        cutmix=1.0,
+        members=3,
+    ),
+    ("v5", "stage1"): Recipe(
+        "v5", loss="positive_weight_focal", epochs=20, balanced=False, patience=8
+    ),
+    ("v5", "stage2"): Recipe(
+        "v5", loss="weighted_cross_entropy", smoothing=0.05, epochs=20, balanced=False
+    ),
+    ("v5", "RECT"): Recipe(
+        "v5",
+        loss="weighted_cross_entropy",
+        smoothing=0.02,
+        lr_head=3e-4,
+        epochs=20,
+        frozen_epochs=ALWAYS,
+        balanced=False,
+    ),
+    ("v5", "AB"): Recipe(
+        "v5",
+        loss="weighted_cross_entropy",
+        smoothing=0.02,
+        lr_head=3e-4,
+        epochs=20,
+        frozen_epochs=ALWAYS,
+        balanced=False,
+    ),
+    ("v5", "1TO4"): Recipe(
+        "v5",
+        loss="weighted_cross_entropy",
+        smoothing=0.02,
+        lr_head=3e-4,
+        epochs=20,
+        frozen_epochs=ALWAYS,
+        balanced=False,
+    ),
 }
 
 
@@ -85,13 +163,20 @@ def acting_symmetries(
     stage: str,  # one of its stages
     names=SYMMETRIES,  # names of symmetries
 ) -> tuple:  # those of `names` that carry every class of the stage onto a class of it
-    "A quarter turn makes HORZ of VERT: a stage that knows only one of them cannot be trained under it. Raises `ValueError` for a stage that does not exist."
+    """A quarter turn makes HORZ of VERT: a stage that knows only one of them cannot be trained
+    under it.
+
+    Raises `ValueError` for a stage that does not exist.
+    """
     hierarchy = find_hierarchy(hierarchy)
     hierarchy.stage(stage)
 
     def acts(name):
-        try: return len(stage_label_map(hierarchy, stage, name)) > 0
-        except ValueError: return False
+        try:
+            return len(stage_label_map(hierarchy, stage, name)) > 0
+        except ValueError:
+            return False
+
     return tuple(name for name in names if acts(name))
 
 
@@ -100,17 +185,25 @@ def recipe_for(
     stage: str,  # one of its stages
     **changes,  # fields of `Recipe`; None leaves the table's value
 ) -> Recipe:
-    """The recipe of a stage with some values changed. A hierarchy without rows of its own trains its first stage as v6 does if it is
-    binary, and any other stage by class-balanced focal loss at full learning rate, under the symmetries that act on its classes.
+    """The recipe of a stage with some values changed.
+
+    A hierarchy without rows of its own trains its first stage as v6 does if it is binary, and any
+    other stage by class-balanced focal loss at full learning rate, under the symmetries that act on
+    its classes.
 
     Raises `ValueError` for a field that a recipe does not have.
     """
     hierarchy = find_hierarchy(hierarchy)
     known = {field.name for field in fields(Recipe)}
-    if unknown := sorted(set(changes) - known): raise ValueError(f"a recipe has no {', '.join(unknown)}: it has {', '.join(sorted(known))}")
+    if unknown := sorted(set(changes) - known):
+        raise ValueError(f"a recipe has no {', '.join(unknown)}: it has {', '.join(sorted(known))}")
     recipe = RECIPES.get((hierarchy.name, stage))
     if recipe is None:
-        recipe = RECIPES["v6", "stage1"] if is_binary(hierarchy, stage) else Recipe(loss="class_balanced_focal", balanced=False)
+        recipe = (
+            RECIPES["v6", "stage1"]
+            if is_binary(hierarchy, stage)
+            else Recipe(loss="class_balanced_focal", balanced=False)
+        )
         recipe = replace(recipe, symmetries=acting_symmetries(hierarchy, stage))
     return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
@@ -118,7 +211,12 @@ def recipe_for(
 def recipe_table(hierarchy) -> pd.DataFrame:  # one row a field, one column a stage
     "The recipes of a hierarchy side by side."
     hierarchy = find_hierarchy(hierarchy)
-    return pd.DataFrame({stage: {k: str(v) for k, v in asdict(recipe_for(hierarchy, stage)).items() if k != "symmetries"} for stage in hierarchy.stage_names})
+    return pd.DataFrame({
+        stage: {
+            k: str(v) for k, v in asdict(recipe_for(hierarchy, stage)).items() if k != "symmetries"
+        }
+        for stage in hierarchy.stage_names
+    })
 
 # %% ../nbs/16_recipes.ipynb #a9479d27
 def make_objective(
@@ -127,30 +225,55 @@ def make_objective(
     model: StageModel,  # the network, for the width of its embedding
     hierarchy=None,  # the `Hierarchy` it belongs to; None: the one of that name
 ) -> Objective:
-    "Loss of a recipe for these class counts. Raises `ValueError` for a loss that does not fit the number of logits."
+    """Loss of a recipe for these class counts.
+
+    Raises `ValueError` for a loss that does not fit the number of logits.
+    """
     binary = is_binary(hierarchy or model.hierarchy, model.stage)
     counts = torch.as_tensor(counts)
     if recipe.loss == "focal":
-        criterion = BinaryFocal(recipe.gamma, recipe.alpha) if binary else MultiClassFocal(recipe.gamma, recipe.alpha)
+        criterion = (
+            BinaryFocal(recipe.gamma, recipe.alpha)
+            if binary
+            else MultiClassFocal(recipe.gamma, recipe.alpha)
+        )
     elif recipe.loss == "positive_weight_focal":
-        if not binary: raise ValueError(f"the loss positive_weight_focal is for a binary stage, but {model.stage} has {len(counts)} classes")
+        if not binary:
+            raise ValueError(
+                f"the loss positive_weight_focal is for a binary stage, but {model.stage} has"
+                f" {len(counts)} classes"
+            )
         criterion = PositiveWeightFocal(float(counts[0] / counts[1]), recipe.gamma)
     elif binary:
-        raise ValueError(f"the loss {recipe.loss} needs one logit a class, but {model.stage} is binary: use focal or positive_weight_focal")
+        raise ValueError(
+            f"the loss {recipe.loss} needs one logit a class, but {model.stage} is binary: use"
+            " focal or positive_weight_focal"
+        )
     elif recipe.loss == "class_balanced_focal":
-        if recipe.balanced: raise ValueError(f"stage {model.stage} would balance its classes twice: set balanced=false, or loss=focal with balanced=true")
+        if recipe.balanced:
+            raise ValueError(
+                f"stage {model.stage} would balance its classes twice: set balanced=false, or"
+                " loss=focal with balanced=true"
+            )
         criterion = ClassBalancedFocal(counts, recipe.gamma, recipe.beta)
     else:
-        weight = inverse_frequency_weights(counts) if recipe.loss == "weighted_cross_entropy" else None
+        weight = (
+            inverse_frequency_weights(counts) if recipe.loss == "weighted_cross_entropy" else None
+        )
         criterion = CrossEntropy(weight, recipe.smoothing)
-    if recipe.hard: criterion = (HardNegativeMining if binary else HardExampleMining)(criterion, recipe.hard)
+    if recipe.hard:
+        criterion = (HardNegativeMining if binary else HardExampleMining)(criterion, recipe.hard)
     center = CenterLoss(len(counts), recipe_embedding(model)) if recipe.center_weight else None
     return Objective(criterion, center, recipe.center_weight)
 
 
 def recipe_embedding(model) -> int:
     "Length of the embedding that the center loss pulls on; `ValueError` if the head has none."
-    if not hasattr(model.head, "embed"): raise ValueError(f"the center loss needs the fine-grained head, but {model.stage} has {type(model.head).__name__}: set center_weight=0 or head='fine_grained'")
+    if not hasattr(model.head, "embed"):
+        raise ValueError(
+            f"the center loss needs the fine-grained head, but {model.stage} has"
+            f" {type(model.head).__name__}: set center_weight=0 or head='fine_grained'"
+        )
     return model.head.weight.shape[1]
 
 
@@ -159,13 +282,20 @@ def make_augmentation(
     hierarchy: Hierarchy,
     stage: str,
 ):
-    "Augmentation of the training batches: symmetries with their labels, noise, then at most one kind of mixing."
+    """Augmentation of the training batches: symmetries with their labels, noise, then at most one
+    kind of mixing.
+    """
     steps = []
-    if len(recipe.symmetries) > 1: steps.append(Symmetry(hierarchy, stage, recipe.symmetries))
-    if recipe.noise: steps.append(GaussianNoise(recipe.noise))
-    if recipe.mixup and recipe.cutmix: raise ValueError("choose MixUp or CutMix, not both: set mixup=0 or cutmix=0")
-    if recipe.mixup: steps.append(MixUp(recipe.mixup))
-    if recipe.cutmix: steps.append(CutMix(recipe.cutmix))
+    if len(recipe.symmetries) > 1:
+        steps.append(Symmetry(hierarchy, stage, recipe.symmetries))
+    if recipe.noise:
+        steps.append(GaussianNoise(recipe.noise))
+    if recipe.mixup and recipe.cutmix:
+        raise ValueError("choose MixUp or CutMix, not both: set mixup=0 or cutmix=0")
+    if recipe.mixup:
+        steps.append(MixUp(recipe.mixup))
+    if recipe.cutmix:
+        steps.append(CutMix(recipe.cutmix))
     return Compose(*steps)
 
 # %% ../nbs/16_recipes.ipynb #7f349708
@@ -177,10 +307,13 @@ def stage_data(
     size: int = 16,  # block size in pixels
     sets: dict | None = None,  # the division's sets, if they have been read
 ) -> dict:  # split → (BlockSet, int64 labels)
-    "Blocks that truly belong to a stage, with their classes, in each split; `FileNotFoundError` says which stage notebook is missing."
+    """Blocks that truly belong to a stage, with their classes, in each split; `FileNotFoundError`
+    says which stage notebook is missing.
+    """
     hierarchy = find_hierarchy(hierarchy)
     sets = read_block_sets(dataset, size) if sets is None else sets
-    if member is None: return {split: stage_subset(blocks, hierarchy, stage) for split, blocks in sets.items()}
+    if member is None:
+        return {split: stage_subset(blocks, hierarchy, stage) for split, blocks in sets.items()}
     return read_stage3(dataset, f"{stage}_{member}", size, sets)
 
 
@@ -188,7 +321,9 @@ def predecessor(
     hierarchy,  # `Hierarchy` or its name
     stage: str,  # one of its stages
 ) -> str | None:
-    "The stage whose checkpoint a stage starts from: the one that sends it its blocks; None for the first."
+    """The stage whose checkpoint a stage starts from: the one that sends it its blocks; None for
+    the first.
+    """
     parent = find_hierarchy(hierarchy).stage(stage).parent
     return None if parent is None else parent[0]
 
@@ -201,7 +336,8 @@ def train_stage(
     models,  # folder of the checkpoints
     *,
     member: int | None = None,  # number of the ensemble's member, for file name and seed
-    start: str | Path | None = None,  # checkpoint whose backbone it starts from, None: random weights (or `pretrained`)
+    # checkpoint whose backbone it starts from, None: random weights (or `pretrained`)
+    start: str | Path | None = None,
     pretrained=None,  # v6 without a start: "imagenet" or the path of a ResNet-18 state dict
     device: str = "auto",  # "auto", "cpu" or "cuda"
     seed: int = 42,  # of weights, batches and augmentation; a member adds its number
@@ -210,31 +346,77 @@ def train_stage(
 ) -> tuple[StageModel, History]:  # the network with its best weights, and the epochs
     """Train one network and keep its files in `models`.
 
-    Raises `FileNotFoundError` if the checkpoint it starts from is missing, and what `training.fit` raises.
+    Raises `FileNotFoundError` if the checkpoint it starts from is missing, and what `training.fit`
+    raises.
     """
     hierarchy = find_hierarchy(hierarchy)
     (blocks, labels), (val_blocks, val_labels) = data["train"], data["val"]
     seed += member or 0
     set_seed(seed)
-    model = build_model(hierarchy, stage, recipe.architecture, recipe.head, None if start else pretrained, recipe.qindex, recipe.centre)
+    model = build_model(
+        hierarchy,
+        stage,
+        recipe.architecture,
+        recipe.head,
+        None if start else pretrained,
+        recipe.qindex,
+        recipe.centre,
+    )
     if start:
-        if not Path(start).is_file(): raise FileNotFoundError(f"{start} is missing: train stage {predecessor(hierarchy, stage)} first, stage {stage} starts from its backbone")
+        if not Path(start).is_file():
+            raise FileNotFoundError(
+                f"{start} is missing: train stage {predecessor(hierarchy, stage)} first, stage"
+                f" {stage} starts from its backbone"
+            )
         load_backbone(model, start, blocks.split_hash)
     counts = torch.bincount(labels, minlength=len(model.class_names))
     if (counts == 0).any():
         empty = [name for name, count in zip(model.class_names, counts) if count == 0]
-        raise ValueError(f"stage {stage} has no training block of {', '.join(empty)}: look at the class distribution in metadata.json")
+        raise ValueError(
+            f"stage {stage} has no training block of {', '.join(empty)}: look at the class"
+            " distribution in metadata.json"
+        )
     sampler = BalancedSampler(labels, seed=seed) if recipe.balanced else None
     augment = make_augmentation(recipe, hierarchy, stage)
     settings = dict(device=pick_device(device), qindex=recipe.qindex)
-    train = Batches(blocks, labels, recipe.batch_size, sampler, shuffle=sampler is None, seed=seed, augment=augment, **settings)
+    train = Batches(
+        blocks,
+        labels,
+        recipe.batch_size,
+        sampler,
+        shuffle=sampler is None,
+        seed=seed,
+        augment=augment,
+        **settings,
+    )
     val = Batches(val_blocks, val_labels, max(recipe.batch_size, 512), **settings)
     names = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(Recipe)}
-    config = TrainConfig(**{name: getattr(recipe, name) for name in names}, device=device, seed=seed, resume=resume)
+    config = TrainConfig(
+        **{name: getattr(recipe, name) for name in names}, device=device, seed=seed, resume=resume
+    )
     prefix = checkpoint_prefix(hierarchy, stage) + (f"_{member}" if member else "")
-    provenance = model.identity() | {"split_hash": blocks.split_hash, "seed": seed, "member": member or 0, "start": Path(start).name if start else "", "start_sha256": hashlib.sha256(Path(start).read_bytes()).hexdigest() if start else "", "size": blocks.size, "margin": blocks.margin,
-                                     "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}}
-    history = fit(model, train, val, make_objective(recipe, counts, model, hierarchy), Score(model.class_names), config, models, prefix, provenance, progress=progress)
+    provenance = model.identity() | {
+        "split_hash": blocks.split_hash,
+        "seed": seed,
+        "member": member or 0,
+        "start": Path(start).name if start else "",
+        "start_sha256": hashlib.sha256(Path(start).read_bytes()).hexdigest() if start else "",
+        "size": blocks.size,
+        "margin": blocks.margin,
+        "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()},
+    }
+    history = fit(
+        model,
+        train,
+        val,
+        make_objective(recipe, counts, model, hierarchy),
+        Score(model.class_names),
+        config,
+        models,
+        prefix,
+        provenance,
+        progress=progress,
+    )
     return model, history
 
 # %% ../nbs/16_recipes.ipynb #cec9fdac
@@ -248,9 +430,16 @@ def run_over(
     "Apply `ask` to all blocks in evaluation mode; its answers, concatenated on the CPU."
     model.eval()
     device = next(model.parameters()).device
-    batches = Batches(blocks, torch.zeros(len(blocks), dtype=torch.int64), max(2, batch_size), device=device, qindex=model.uses_qindex)
+    batches = Batches(
+        blocks,
+        torch.zeros(len(blocks), dtype=torch.int64),
+        max(2, batch_size),
+        device=device,
+        qindex=model.uses_qindex,
+    )
     answers = [ask(x, *inputs) for x, _, *inputs in batches]
-    if isinstance(answers[0], torch.Tensor): return torch.cat(answers).cpu()
+    if isinstance(answers[0], torch.Tensor):
+        return torch.cat(answers).cpu()
     return tuple(torch.cat(part).cpu() for part in zip(*answers))
 
 
@@ -259,8 +448,11 @@ def calibrate_stage(
     val: tuple,  # (BlockSet, labels) of the validation sequences
     path,  # its checkpoint, rewritten with the temperature
 ) -> dict:  # temperature, nll_before, nll_after; empty if the head has no temperature
-    "Fit the temperature of a head that has one on validation blocks, and keep it in the checkpoint."
-    if not hasattr(model.head, "fit_temperature"): return {}
+    """Fit the temperature of a head that has one on validation blocks, and keep it in the
+    checkpoint.
+    """
+    if not hasattr(model.head, "fit_temperature"):
+        return {}
     blocks, labels = val
     result = model.head.fit_temperature(run_over(model, blocks, model), labels)
     content = read_checkpoint(path)
@@ -272,7 +464,10 @@ def judge_stage(
     model,  # StageModel or Ensemble
     data: dict,  # split → (BlockSet, labels)
     split: str = "val",  # which split to judge on; the baselines learn from "train"
-) -> dict:  # report, baselines, interval (of macro-F1, 95 %), probabilities [N, C], decided [N], labels [N], agreement [N] of an ensemble or None
+    # report, baselines, interval (of macro-F1, 95 %), probabilities [N, C], decided [N], labels
+    # [N],
+    # agreement [N] of an ensemble or None
+) -> dict:
     "Report of a stage on the blocks that truly belong to it."
     blocks, labels = data[split]
     labels, names, agreement = labels.numpy(), model.class_names, None
@@ -283,6 +478,12 @@ def judge_stage(
         decided = probabilities.argmax(1)
     sequences = blocks.sequence.numpy()
     groups = sequences if len(set(sequences)) > 1 else None
-    return {"report": classification_report(labels, decided, names, probabilities), "baselines": baselines(data["train"][1].numpy(), labels, names),
-            "interval": list(bootstrap_interval(labels, decided, groups=groups)), "probabilities": probabilities, "decided": decided, "labels": labels,
-            "agreement": agreement}
+    return {
+        "report": classification_report(labels, decided, names, probabilities),
+        "baselines": baselines(data["train"][1].numpy(), labels, names),
+        "interval": list(bootstrap_interval(labels, decided, groups=groups)),
+        "probabilities": probabilities,
+        "decided": decided,
+        "labels": labels,
+        "agreement": agreement,
+    }

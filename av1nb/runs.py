@@ -39,7 +39,10 @@ from .training import save_json
 # %% ../nbs/18_runs.ipynb #ceeed332
 @dataclass(frozen=True)
 class StageNotebook:
-    "One stage of a run: the notebook's name, what it makes below the run directory, and what it needs there."
+    """One stage of a run: the notebook's name, what it makes below the run directory, and what it
+    needs there.
+    """
+
     name: str  # file name of the notebook without its ending
     title: str  # what the stage does, in a few words
     makes: tuple[str, ...]  # paths below the run directory; a trailing * stands for any ending
@@ -48,17 +51,66 @@ class StageNotebook:
 
 STAGES = (
     StageNotebook("000_raw", "pictures and labels to the raw contract", ("raw/recordings",)),
-    StageNotebook("001_prepare_dataset", "raw recordings to sets split by sequence", ("dataset/block_16",), ("raw/recordings",)),
-    StageNotebook("002_prepare_stage3", "sets of the specialists", ("dataset/block_16/stage3",), ("dataset/block_16",)),
-    StageNotebook("003_train_stage1", "NONE or partition", ("models/stage1_model_best.pt",), ("dataset/block_16",)),
-    StageNotebook("004_train_stage2", "SPLIT, RECT or AB", ("models/stage2_model_best.pt",), ("dataset/block_16", "models/stage1_model_best.pt")),
-    StageNotebook("005_train_stage3_rect", "HORZ or VERT", ("models/stage3_RECT_model_best.pt",), ("dataset/block_16/stage3", "models/stage2_model_best.pt")),
-    StageNotebook("006_train_stage3_ab", "the four AB types, three models", ("models/stage3_AB_*",), ("dataset/block_16/stage3", "models/stage2_model_best.pt")),
-    StageNotebook("007_optimize_thresholds", "thresholds on the validation set", ("reports/thresholds.json",),
-                  ("dataset/block_16", "models/stage1_model_best.pt", "models/stage2_model_best.pt", "models/stage3_RECT_model_best.pt", "models/stage3_AB_*")),
-    StageNotebook("008_evaluate_pipeline", "the whole cascade on the test set", ("reports/pipeline.json", "reports/predictions.csv"),
-                  ("dataset/block_16", "reports/thresholds.json")),
-    StageNotebook("009_analyse_confusion", "where the errors come from", ("reports/confusion.json",), ("reports/predictions.csv",)),
+    StageNotebook(
+        "001_prepare_dataset",
+        "raw recordings to sets split by sequence",
+        ("dataset/block_16",),
+        ("raw/recordings",),
+    ),
+    StageNotebook(
+        "002_prepare_stage3",
+        "sets of the specialists",
+        ("dataset/block_16/stage3",),
+        ("dataset/block_16",),
+    ),
+    StageNotebook(
+        "003_train_stage1",
+        "NONE or partition",
+        ("models/stage1_model_best.pt",),
+        ("dataset/block_16",),
+    ),
+    StageNotebook(
+        "004_train_stage2",
+        "SPLIT, RECT or AB",
+        ("models/stage2_model_best.pt",),
+        ("dataset/block_16", "models/stage1_model_best.pt"),
+    ),
+    StageNotebook(
+        "005_train_stage3_rect",
+        "HORZ or VERT",
+        ("models/stage3_RECT_model_best.pt",),
+        ("dataset/block_16/stage3", "models/stage2_model_best.pt"),
+    ),
+    StageNotebook(
+        "006_train_stage3_ab",
+        "the four AB types, three models",
+        ("models/stage3_AB_*",),
+        ("dataset/block_16/stage3", "models/stage2_model_best.pt"),
+    ),
+    StageNotebook(
+        "007_optimize_thresholds",
+        "thresholds on the validation set",
+        ("reports/thresholds.json",),
+        (
+            "dataset/block_16",
+            "models/stage1_model_best.pt",
+            "models/stage2_model_best.pt",
+            "models/stage3_RECT_model_best.pt",
+            "models/stage3_AB_*",
+        ),
+    ),
+    StageNotebook(
+        "008_evaluate_pipeline",
+        "the whole cascade on the test set",
+        ("reports/pipeline.json", "reports/predictions.csv"),
+        ("dataset/block_16", "reports/thresholds.json"),
+    ),
+    StageNotebook(
+        "009_analyse_confusion",
+        "where the errors come from",
+        ("reports/confusion.json",),
+        ("reports/predictions.csv",),
+    ),
 )
 PIPELINE = tuple(stage.name for stage in STAGES)
 
@@ -68,7 +120,8 @@ class StageError(RuntimeError):
 
 
 class RunDirectory:
-    """Everything one run made, below one directory: `raw`, `dataset`, `models`, `reports`, `figures`, `notebooks`.
+    """Everything one run made, below one directory: `raw`, `dataset`, `models`, `reports`,
+    `figures`, `notebooks`.
 
     The directory is made when it is first written to.
     """
@@ -76,9 +129,14 @@ class RunDirectory:
     def __init__(self, path):
         self.path = Path(path).expanduser().resolve()
 
-    def __truediv__(self, name): return self.path / name
-    def __repr__(self): return f"RunDirectory({str(self.path)!r})"
-    def __fspath__(self): return str(self.path)
+    def __truediv__(self, name):
+        return self.path / name
+
+    def __repr__(self):
+        return f"RunDirectory({str(self.path)!r})"
+
+    def __fspath__(self):
+        return str(self.path)
 
     def room(self, name):
         "The subdirectory `name`, made if absent."
@@ -87,14 +145,26 @@ class RunDirectory:
         return room
 
     def require(self, *names):
-        "The path of `names[0]` once all of `names` exist below the run; `FileNotFoundError` says which stage makes a missing one."
+        """The path of `names[0]` once all of `names` exist below the run; `FileNotFoundError` says
+        which stage makes a missing one.
+        """
         for name in names:
             pattern = self.path / name
-            if any(pattern.parent.glob(pattern.name)): continue
-            makers = {m.rstrip("*"): stage for stage in STAGES for m in stage.makes if name.startswith(m.rstrip("*"))}
+            if any(pattern.parent.glob(pattern.name)):
+                continue
+            makers = {
+                m.rstrip("*"): stage
+                for stage in STAGES
+                for m in stage.makes
+                if name.startswith(m.rstrip("*"))
+            }
             maker = makers[max(makers, key=len)] if makers else None
-            how = (f"stage {maker.name} makes it, so run that first: av1nb run {maker.name} --run-dir {self.path}"
-                   if maker else "no stage makes a file of that name")
+            how = (
+                f"stage {maker.name} makes it, so run that first: av1nb run {maker.name} --run-dir"
+                f" {self.path}"
+                if maker
+                else "no stage makes a file of that name"
+            )
             raise FileNotFoundError(f"{name} is missing in {self.path}: {how}")
         return self.path / names[0]
 
@@ -105,7 +175,9 @@ def environment() -> dict:
 
 
 def code_hash(*files) -> str:
-    "SHA-256 (first 16 hex digits) of the library's modules and of `files`; a notebook counts by the source of its cells alone."
+    """SHA-256 (first 16 hex digits) of the library's modules and of `files`; a notebook counts by
+    the source of its cells alone.
+    """
     digest = hashlib.sha256()
     for path in (*sorted(Path(av1nb.__file__).parent.glob("*.py")), *map(Path, files)):
         if path.suffix == ".ipynb":
@@ -121,7 +193,10 @@ def notebooks_folder(kind="stages") -> Path:
     root = Path(os.environ.get("AV1NB_NOTEBOOKS", Path(av1nb.__file__).parent.parent / "nbs"))
     folder = root / kind
     if not folder.is_dir():
-        raise FileNotFoundError(f"no notebooks in {folder}: work in a clone of the repository, or set AV1NB_NOTEBOOKS to its nbs folder")
+        raise FileNotFoundError(
+            f"no notebooks in {folder}: work in a clone of the repository, or set AV1NB_NOTEBOOKS"
+            " to its nbs folder"
+        )
     return folder
 
 
@@ -130,17 +205,22 @@ def find_notebook(name) -> Path:
     folder = notebooks_folder()
     names = sorted(p.stem for p in folder.glob("*.ipynb"))
     found = [n for n in names if n == name] or [n for n in names if n.split("_")[0] == name]
-    if not found: raise ValueError(f"there is no stage {name!r}: the stages are {', '.join(names)}")
+    if not found:
+        raise ValueError(f"there is no stage {name!r}: the stages are {', '.join(names)}")
     return folder / f"{found[0]}.ipynb"
 
 
 def parameters_of(notebook) -> dict:
     "The parameters a notebook takes, by name, with the text of their defaults."
-    return {name: found["default"] for name, found in papermill.inspect_notebook(str(notebook)).items()}
+    return {
+        name: found["default"] for name, found in papermill.inspect_notebook(str(notebook)).items()
+    }
 
 
 def parse_parameters(pairs) -> dict:
-    "`['epochs=3', 'amp=true']` to values, read as YAML; `ValueError` names a pair without an equals sign."
+    """`['epochs=3', 'amp=true']` to values, read as YAML; `ValueError` names a pair without an
+    equals sign.
+    """
     values = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -148,7 +228,8 @@ def parse_parameters(pairs) -> dict:
             raise ValueError(f"parameter {pair!r} is not of the form name=value")
         values[name] = yaml.safe_load(text)
         if isinstance(values[name], str):  # YAML 1.1 reads 1e-3 as text
-            with contextlib.suppress(ValueError): values[name] = float(text)
+            with contextlib.suppress(ValueError):
+                values[name] = float(text)
     return values
 
 # %% ../nbs/18_runs.ipynb #1284ed69
@@ -158,42 +239,73 @@ def run_notebook(
     parameters: dict,  # values for its parameters cell
     quiet: bool = False,  # print nothing while it runs
 ) -> float:  # seconds
-    "Execute one notebook with papermill; `StageError` carries the notebook's own error in one sentence."
+    """Execute one notebook with papermill; `StageError` carries the notebook's own error in one
+    sentence.
+    """
     notebook, output = Path(notebook), Path(output)
     known = parameters_of(notebook)
     if unknown := sorted(set(parameters) - set(known)):
-        raise ValueError(f"{notebook.stem} has no parameter {', '.join(unknown)}: it takes {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"{notebook.stem} has no parameter {', '.join(unknown)}: it takes"
+            f" {', '.join(known) or 'none'}"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_suffix(".part.ipynb")
     start = time.perf_counter()
     streams = {} if quiet else {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
     failure = None
     try:
-        papermill.execute_notebook(str(notebook), str(part), parameters=parameters, cwd=str(Path.cwd()), progress_bar=False,
-                                   autosave_cell_every=0, start_timeout=600, **streams)  # a busy machine takes its time to start a kernel
+        papermill.execute_notebook(
+            str(notebook),
+            str(part),
+            parameters=parameters,
+            cwd=str(Path.cwd()),
+            progress_bar=False,
+            # a busy machine takes its time to start a kernel
+            autosave_cell_every=0,
+            start_timeout=600,
+            **streams,
+        )
     except papermill.PapermillExecutionError as error:
         failure = error
     finally:
-        if part.exists(): os.replace(part, output)
+        if part.exists():
+            os.replace(part, output)
     if failure is not None:
-        raise StageError(f"{notebook.stem} stopped: {failure.ename}: {failure.evalue} (the executed notebook with the failing cell is {output})")
+        raise StageError(
+            f"{notebook.stem} stopped: {failure.ename}: {failure.evalue} (the executed notebook"
+            f" with the failing cell is {output})"
+        )
     return time.perf_counter() - start
 
 # %% ../nbs/18_runs.ipynb #8e9b4d9f
-def _receipt(run, stage): return run / f"notebooks/{stage}.json"
+def _receipt(run, stage):
+    return run / f"notebooks/{stage}.json"
 
 
 def _files(run):
     "What the stages hand on: path below the run → time of its last change."
-    return {str(path.relative_to(run.path)): path.stat().st_mtime_ns for room in ("dataset", "models", "reports") for path in (run / room).rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(run.path)): path.stat().st_mtime_ns
+        for room in ("dataset", "models", "reports")
+        for path in (run / room).rglob("*")
+        if path.is_file()
+    }
 
 
 def stage_is_done(run: RunDirectory, stage: str, parameters: dict) -> bool:
-    "Whether `stage` has finished in `run` with these parameters and the present code, and what it makes is still there."
+    """Whether `stage` has finished in `run` with these parameters and the present code, and what it
+    makes is still there.
+    """
     path = _receipt(run, stage)
-    if not path.exists(): return False
+    if not path.exists():
+        return False
     receipt = json.loads(path.read_text(encoding="utf-8"))
-    return all((run / made).exists() for made in receipt["made"]) and receipt["parameters"] == json.loads(json.dumps(parameters)) and receipt["code"] == code_hash(find_notebook(stage))
+    return (
+        all((run / made).exists() for made in receipt["made"])
+        and receipt["parameters"] == json.loads(json.dumps(parameters))
+        and receipt["code"] == code_hash(find_notebook(stage))
+    )
 
 
 def run_stages(
@@ -206,14 +318,17 @@ def run_stages(
 ) -> dict:  # stage name → seconds, as it was measured when the stage ran
     """Run stages one after the other in one run directory.
 
-    Raises `ValueError` for a parameter that none of the stages takes, before anything runs, and `StageError` when one fails.
+    Raises `ValueError` for a parameter that none of the stages takes, before anything runs, and
+    `StageError` when one fails.
     """
     run = run if isinstance(run, RunDirectory) else RunDirectory(run)
     notebooks = {path.stem: path for path in map(find_notebook, stages)}
     taken = {name: parameters_of(path) for name, path in notebooks.items()}
     if unknown := sorted(set(parameters) - set().union(*taken.values())):
-        raise ValueError(f"no stage of {', '.join(notebooks)} takes {', '.join(unknown)}: "
-                         f"they take {', '.join(sorted(set().union(*taken.values())))}")
+        raise ValueError(
+            f"no stage of {', '.join(notebooks)} takes {', '.join(unknown)}: "
+            f"they take {', '.join(sorted(set().union(*taken.values())))}"
+        )
     seconds, rerun = {}, False
     for number, (name, path) in enumerate(notebooks.items(), 1):
         values = {k: v for k, v in parameters.items() if k in taken[name]} | per_stage.get(name, {})
@@ -226,9 +341,20 @@ def run_stages(
         print(f"{head}" + (f"  {values}" if values else ""), flush=True)
         _receipt(run, name).unlink(missing_ok=True)
         before = _files(run)
-        seconds[name] = run_notebook(path, run / f"notebooks/{name}.ipynb", values | {"run_dir": str(run.path)}, quiet=quiet)
+        seconds[name] = run_notebook(
+            path, run / f"notebooks/{name}.ipynb", values | {"run_dir": str(run.path)}, quiet=quiet
+        )
         made = sorted(file for file, changed in _files(run).items() if before.get(file) != changed)
-        save_json({"parameters": values, "code": code_hash(path), "made": made, "seconds": seconds[name], "versions": environment()}, _receipt(run, name))
+        save_json(
+            {
+                "parameters": values,
+                "code": code_hash(path),
+                "made": made,
+                "seconds": seconds[name],
+                "versions": environment(),
+            },
+            _receipt(run, name),
+        )
     return seconds
 
 # %% ../nbs/18_runs.ipynb #f9100a8a
@@ -236,10 +362,37 @@ _FAST = {"qindex": True, "centre": True, "schedule": "onecycle", "frozen_epochs"
 DEMO = {
     "000_raw": {"excel": False},
     "001_prepare_dataset": {"fractions": [0.6, 0.2, 0.2]},
-    "003_train_stage1": {"epochs": 5, "batch_size": 256, "lr_head": 2e-3, "lr_backbone": 2e-3, "monitor": "auc", "schedule": "onecycle", "qindex": True, "centre": True},
-    "004_train_stage2": {"epochs": 5, "batch_size": 256, "lr_head": 1e-3, "lr_backbone": 5e-4, **_FAST},
-    "005_train_stage3_rect": {"epochs": 8, "batch_size": 128, "lr_head": 1e-3, "lr_backbone": 5e-4, **_FAST},
-    "006_train_stage3_ab": {"epochs": 8, "batch_size": 128, "lr_head": 1e-3, "lr_backbone": 5e-4, **_FAST},
+    "003_train_stage1": {
+        "epochs": 5,
+        "batch_size": 256,
+        "lr_head": 2e-3,
+        "lr_backbone": 2e-3,
+        "monitor": "auc",
+        "schedule": "onecycle",
+        "qindex": True,
+        "centre": True,
+    },
+    "004_train_stage2": {
+        "epochs": 5,
+        "batch_size": 256,
+        "lr_head": 1e-3,
+        "lr_backbone": 5e-4,
+        **_FAST,
+    },
+    "005_train_stage3_rect": {
+        "epochs": 8,
+        "batch_size": 128,
+        "lr_head": 1e-3,
+        "lr_backbone": 5e-4,
+        **_FAST,
+    },
+    "006_train_stage3_ab": {
+        "epochs": 8,
+        "batch_size": 128,
+        "lr_head": 1e-3,
+        "lr_backbone": 5e-4,
+        **_FAST,
+    },
     "007_optimize_thresholds": {"objective": "stage_macro_f1"},
 }
 
@@ -247,7 +400,8 @@ DEMO = {
 def clear(run: RunDirectory):
     "Remove what a run made in its rooms, and nothing else in its directory."
     for room in ("raw", "dataset", "models", "reports", "figures", "notebooks"):
-        if (run / room).is_dir(): shutil.rmtree(run / room)
+        if (run / room).is_dir():
+            shutil.rmtree(run / room)
     (run / "metrics.json").unlink(missing_ok=True)
 
 
@@ -261,66 +415,130 @@ def trainings(run: RunDirectory) -> list[dict]:
     return [read_json(path) for path in sorted((run / "models").glob("*_metrics.json"))]
 
 
-def summarise(run: RunDirectory) -> pd.DataFrame:  # stage, metric, value, low, high, baseline, baseline_name, blocks, seconds
-    """The result of a run as one table, which is written to `metrics.json` with the split's hash and the versions.
+def summarise(
+    run: RunDirectory,
+    # stage, metric, value, low, high, baseline, baseline_name, blocks, seconds
+) -> pd.DataFrame:
+    """The result of a run as one table, which is written to `metrics.json` with the split's hash
+    and the versions.
 
-    `seconds` is the training time of a stage (of all members of an ensemble), and for the pipeline the time of all stages together.
+    `seconds` is the training time of a stage (of all members of an ensemble), and for the pipeline
+    the time of all stages together.
     """
     content, trained = read_json(run.require("reports/pipeline.json")), trainings(run)
-    receipts = {path.stem: read_json(path)["seconds"] for path in sorted((run / "notebooks").glob("*.json"))}
+    receipts = {
+        path.stem: read_json(path)["seconds"] for path in sorted((run / "notebooks").glob("*.json"))
+    }
     table = pd.DataFrame(content["rows"])
-    table["seconds"] = [sum(t["seconds"] for t in trained if t["provenance"]["stage"] == stage) for stage in table.stage]
+    table["seconds"] = [
+        sum(t["seconds"] for t in trained if t["provenance"]["stage"] == stage)
+        for stage in table.stage
+    ]
     table.loc[table.stage == "pipeline", "seconds"] = sum(receipts.values())
-    save_json({"rows": table.to_dict("records"), "seconds": receipts, "split_hash": content["split_hash"], "versions": environment(), "code": code_hash()}, run / "metrics.json")
+    save_json(
+        {
+            "rows": table.to_dict("records"),
+            "seconds": receipts,
+            "split_hash": content["split_hash"],
+            "versions": environment(),
+            "code": code_hash(),
+        },
+        run / "metrics.json",
+    )
     return table
 
 
 def format_table(table: pd.DataFrame) -> str:
     "The table of a run for a terminal."
     shown = pd.DataFrame({
-        "stage": table.stage, "metric": table.metric, "test": table.value.map("{:.3f}".format),
+        "stage": table.stage,
+        "metric": table.metric,
+        "test": table.value.map("{:.3f}".format),
         "95 % interval": [f"{low:.3f} to {high:.3f}" for low, high in zip(table.low, table.high)],
-        "baseline": [f"{value:.3f} ({name})" for value, name in zip(table.baseline, table.baseline_name)],
-        "blocks": table.blocks.map("{:,}".format), "seconds": table.seconds.map("{:.0f}".format)})
+        "baseline": [
+            f"{value:.3f} ({name})" for value, name in zip(table.baseline, table.baseline_name)
+        ],
+        "blocks": table.blocks.map("{:,}".format),
+        "seconds": table.seconds.map("{:.0f}".format),
+    })
     return shown.to_string(index=False)
 
 # %% ../nbs/18_runs.ipynb #fca1988d
 def publish_outputs(run: RunDirectory, stages=PIPELINE):
-    "Store the outputs of a run in the stage notebooks. Raises `StageError` if a notebook's cells are not those that ran."
+    """Store the outputs of a run in the stage notebooks.
+
+    Raises `StageError` if a notebook's cells are not those that ran.
+    """
     for stage in stages:
         executed_path, path = run / f"notebooks/{stage}.ipynb", find_notebook(stage)
-        if not executed_path.exists(): raise StageError(f"{executed_path} does not exist: run stage {stage} first")
+        if not executed_path.exists():
+            raise StageError(f"{executed_path} does not exist: run stage {stage} first")
         executed, notebook = nbformat.read(executed_path, 4), nbformat.read(path, 4)
-        ran = [cell for cell in executed.cells if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])]
+        ran = [
+            cell
+            for cell in executed.cells
+            if cell.cell_type == "code"
+            and "injected-parameters" not in cell.metadata.get("tags", [])
+        ]
         shown = [cell for cell in notebook.cells if cell.cell_type == "code"]
         if [cell.source for cell in ran] != [cell.source for cell in shown]:
-            raise StageError(f"the code of {path} has changed since {executed_path} ran: run stage {stage} again")
+            raise StageError(
+                f"the code of {path} has changed since {executed_path} ran: run stage {stage} again"
+            )
         for cell, done in zip(shown, ran):
-            cell.outputs = [output for output in done.outputs if output.output_type != "stream" or output.name == "stdout"]
+            cell.outputs = [
+                output
+                for output in done.outputs
+                if output.output_type != "stream" or output.name == "stdout"
+            ]
             for output in cell.outputs:
                 for content in (output, output.get("data", {})):
                     for kind in ("text", "text/plain"):
-                        if kind in content: content[kind] = content[kind].replace(str(run.path), "RUN")
+                        if kind in content:
+                            content[kind] = content[kind].replace(str(run.path), "RUN")
                 output.pop("execution_count", None)
-                if output.output_type == "execute_result": output.execution_count = None
-        with atomic_file(path) as part: nbformat.write(notebook, part)
+                if output.output_type == "execute_result":
+                    output.execution_count = None
+        with atomic_file(path) as part:
+            nbformat.write(notebook, part)
 
 # %% ../nbs/18_runs.ipynb #12f4e47b
 COMPARED = ("v5", "v6", "flat", "flat7")
 
 
 def settings_for(hierarchy: str) -> dict:
-    "Settings of the demonstration for a hierarchy, stage notebook → parameters; none for training notebooks that it has no stage for."
+    """Settings of the demonstration for a hierarchy, stage notebook → parameters; none for training
+    notebooks that it has no stage for.
+    """
     tree = find_hierarchy(hierarchy)
-    demo = {stage: values for stage, values in DEMO.items() if stage not in PIPELINE[3 + len(tree.stages):7]}
+    demo = {
+        stage: values
+        for stage, values in DEMO.items()
+        if stage not in PIPELINE[3 + len(tree.stages) : 7]
+    }
     if any(recipe_for(tree, stage).architecture != "v6" for stage in tree.stage_names):
         shared = ("excel", "fractions", "epochs", "batch_size", "qindex", "centre", "objective")
-        return {stage: {k: v for k, v in values.items() if k in shared} for stage, values in demo.items()}
-    several = not is_binary(tree, tree.stage_names[0])  # then no threshold follows, which is what the ranking by AUC was chosen for
-    return {stage: {k: v for k, v in values.items() if not (several and k == "monitor")} for stage, values in demo.items()}
+        return {
+            stage: {k: v for k, v in values.items() if k in shared}
+            for stage, values in demo.items()
+        }
+    # then no threshold follows, which is what the ranking by AUC was chosen for
+    several = not is_binary(tree, tree.stage_names[0])
+    return {
+        stage: {k: v for k, v in values.items() if not (several and k == "monitor")}
+        for stage, values in demo.items()
+    }
 
 # %% ../nbs/18_runs.ipynb #0f1ab563
-ASKED = {"NONE or not": "stage 1", "groups": "grouped", "RECT": "RECT", "AB": "AB", "1TO4": "1TO4", "ten": "ten-way"}  # question of a report → its name in the table
+# question of a report → its name in the table
+ASKED = {
+    "NONE or not": "stage 1",
+    "groups": "grouped",
+    "RECT": "RECT",
+    "AB": "AB",
+    "1TO4": "1TO4",
+    "ten": "ten-way",
+}
 SCORES = {"accuracy": "accuracy", "macro-F1": "macro_f1"}
 MEASURES = tuple(f"{question}, {score}" for question in ASKED.values() for score in SCORES)
 COSTS = ("parameters", "training seconds", "blocks per second")
@@ -329,67 +547,141 @@ RESULT_FILES = ("report.json", "reports/joint.json", "reports/pipeline.json")
 
 def read_result(
     folder,  # directory of one model and one seed
-) -> tuple[dict, dict]:  # the costs, the measures (NaN where the model cannot answer), blocks and split; and the whole report
-    "What one evaluation found. Raises `FileNotFoundError` where there is none, `StageError` where something is missing in it."
+    # the costs, the measures (NaN where the model cannot answer), blocks and split; and the whole
+    # report
+) -> tuple[dict, dict]:
+    """What one evaluation found.
+
+    Raises `FileNotFoundError` where there is none, `StageError` where something is missing in it.
+    """
     folder = Path(folder)
     path = next((folder / name for name in RESULT_FILES if (folder / name).is_file()), None)
-    if path is None: raise FileNotFoundError(f"{folder} holds no result: it has neither {' nor '.join(RESULT_FILES)}")
+    if path is None:
+        raise FileNotFoundError(
+            f"{folder} holds no result: it has neither {' nor '.join(RESULT_FILES)}"
+        )
     content = read_json(path)
     full = content.get("report", {})
-    missing = [name for name in ("report", "parameters", "blocks_per_second", "split_hash") if name not in content]
-    missing += [f"report/comparable/{name}" for name in QUESTIONS if name not in full.get("comparable", {})] + ["report/ten"] * ("ten" not in full)
-    if missing: raise StageError(f"{path} lacks {', '.join(missing)}: evaluate that model again")
-    seconds = [content["seconds"]] if "seconds" in content else [one["seconds"] for one in trainings(RunDirectory(folder))]
-    if not seconds: raise StageError(f"{path} lacks seconds, and no training has left its times in {folder / 'models'}")
-    row = {"parameters": content["parameters"], "training seconds": sum(seconds), "blocks per second": content["blocks_per_second"]}
+    missing = [
+        name
+        for name in ("report", "parameters", "blocks_per_second", "split_hash")
+        if name not in content
+    ]
+    missing += [
+        f"report/comparable/{name}" for name in QUESTIONS if name not in full.get("comparable", {})
+    ] + ["report/ten"] * ("ten" not in full)
+    if missing:
+        raise StageError(f"{path} lacks {', '.join(missing)}: evaluate that model again")
+    seconds = (
+        [content["seconds"]]
+        if "seconds" in content
+        else [one["seconds"] for one in trainings(RunDirectory(folder))]
+    )
+    if not seconds:
+        raise StageError(
+            f"{path} lacks seconds, and no training has left its times in {folder / 'models'}"
+        )
+    row = {
+        "parameters": content["parameters"],
+        "training seconds": sum(seconds),
+        "blocks per second": content["blocks_per_second"],
+    }
     for question, name in ASKED.items():
         part = full["ten"] if question == "ten" else full["comparable"][question]
-        row |= {f"{name}, {score}": part[key] if part else math.nan for score, key in SCORES.items()}
+        row |= {
+            f"{name}, {score}": part[key] if part else math.nan for score, key in SCORES.items()
+        }
     return row | {"blocks": full["ten"]["blocks"], "split": content["split_hash"]}, full
 
 
 def find_results(
     folder,  # directory of one model: `seed_<n>` below it for each seed, or the files of one seed
 ) -> dict:  # seed → directory
-    "The results that lie in a directory. Raises `StageError` if it holds one result that does not say its seed."
+    """The results that lie in a directory.
+
+    Raises `StageError` if it holds one result that does not say its seed.
+    """
     folder = Path(folder)
-    found = {int(path.name.removeprefix("seed_")): path for path in sorted(folder.glob("seed_*")) if any((path / name).is_file() for name in RESULT_FILES)}
+    found = {
+        int(path.name.removeprefix("seed_")): path
+        for path in sorted(folder.glob("seed_*"))
+        if any((path / name).is_file() for name in RESULT_FILES)
+    }
     for name in RESULT_FILES:
-        if found or not (folder / name).is_file(): continue
+        if found or not (folder / name).is_file():
+            continue
         seed = read_json(folder / name).get("seed")
-        if seed is None: raise StageError(f"{folder / name} does not say its seed: add it, or call the directory seed_<n>")
+        if seed is None:
+            raise StageError(
+                f"{folder / name} does not say its seed: add it, or call the directory seed_<n>"
+            )
         found = {int(seed): folder}
     return found
 
 # %% ../nbs/18_runs.ipynb #bcec2848
 def over_models(
     rows: pd.DataFrame,  # one row a model and seed, from `compare`
-) -> pd.DataFrame:  # model, measure, mean, low, high (95 %), sd, seeds; no row where a model cannot answer, NaN bounds with one seed
+    # model, measure, mean, low, high (95 %), sd, seeds; no row where a model cannot answer, NaN
+    # bounds
+    # with one seed
+) -> pd.DataFrame:
     "Means over seeds of every cost and measure."
     parts = []
     for measure in (*COSTS, *MEASURES):
         known = rows[rows[measure].notna()]
-        if len(known): parts.append(over_seeds(known, "model", measure).reset_index().assign(measure=measure))
-    table = pd.concat(parts, ignore_index=True)[["model", "measure", "mean", "low", "high", "sd", "seeds"]]
-    return table.iloc[table["model"].map({name: i for i, name in enumerate(rows["model"].unique())}).argsort(kind="stable")].reset_index(drop=True)
+        if len(known):
+            parts.append(over_seeds(known, "model", measure).reset_index().assign(measure=measure))
+    table = pd.concat(parts, ignore_index=True)[
+        ["model", "measure", "mean", "low", "high", "sd", "seeds"]
+    ]
+    return table.iloc[
+        table["model"]
+        .map({name: i for i, name in enumerate(rows["model"].unique())})
+        .argsort(kind="stable")
+    ].reset_index(drop=True)
 
 
 def differences(
     rows: pd.DataFrame,  # one row a model and seed, from `compare`
     reference: str = "v6",  # the model that the others are compared with
-) -> pd.DataFrame:  # model, measure, mean (model − reference), low, high, seeds, different (the interval excludes 0)
-    "Paired differences of every measure over the seeds that both models have; NaN bounds with one seed, which shows no difference."
-    if reference not in set(rows["model"]): raise ValueError(f"there is no model {reference!r}: compare with one of {', '.join(rows['model'].unique())}")
+    # model, measure, mean (model − reference), low, high, seeds, different (the interval excludes
+    # 0)
+) -> pd.DataFrame:
+    """Paired differences of every measure over the seeds that both models have; NaN bounds with one
+    seed, which shows no difference.
+    """
+    if reference not in set(rows["model"]):
+        raise ValueError(
+            f"there is no model {reference!r}: compare with one of"
+            f" {', '.join(rows['model'].unique())}"
+        )
     found = []
     for name in (name for name in rows["model"].unique() if name != reference):
         for measure in MEASURES:
-            one, other = (rows[(rows["model"] == m) & rows[measure].notna()].set_index("seed")[measure] for m in (reference, name))
+            one, other = (
+                rows[(rows["model"] == m) & rows[measure].notna()].set_index("seed")[measure]
+                for m in (reference, name)
+            )
             seeds = [seed for seed in one.index if seed in other.index]
-            if not seeds: continue
-            result = {"mean": other[seeds[0]] - one[seeds[0]], "low": math.nan, "high": math.nan, "seeds": 1, "different": False}
-            if len(seeds) > 1: result = compare_seeds(one[seeds].to_dict(), other[seeds].to_dict())
-            found.append({"model": name, "measure": measure, **{key: result[key] for key in ("mean", "low", "high", "seeds", "different")}})
-    return pd.DataFrame(found, columns=["model", "measure", "mean", "low", "high", "seeds", "different"])
+            if not seeds:
+                continue
+            result = {
+                "mean": other[seeds[0]] - one[seeds[0]],
+                "low": math.nan,
+                "high": math.nan,
+                "seeds": 1,
+                "different": False,
+            }
+            if len(seeds) > 1:
+                result = compare_seeds(one[seeds].to_dict(), other[seeds].to_dict())
+            found.append({
+                "model": name,
+                "measure": measure,
+                **{key: result[key] for key in ("mean", "low", "high", "seeds", "different")},
+            })
+    return pd.DataFrame(
+        found, columns=["model", "measure", "mean", "low", "high", "seeds", "different"]
+    )
 
 
 def best_baselines(
@@ -398,72 +690,134 @@ def best_baselines(
     "The best answer to each question that looks at no pixel, wherever a report has it."
     best = {}
     for question, name in ASKED.items():
-        rivals = next((r["baselines"][question] for r in reports if r.get("baselines", {}).get(question)), {})
+        rivals = next(
+            (r["baselines"][question] for r in reports if r.get("baselines", {}).get(question)), {}
+        )
         for score, key in SCORES.items():
-            if rivals: best[f"{name}, {score}"] = max(({"value": entry[key], "name": rival} for rival, entry in rivals.items()), key=lambda one: one["value"])
+            if rivals:
+                best[f"{name}, {score}"] = max(
+                    ({"value": entry[key], "name": rival} for rival, entry in rivals.items()),
+                    key=lambda one: one["value"],
+                )
     return best
 
 
 def comparison_table(
     content: dict,  # content of `comparison.json`
     places: int = 3,  # decimals of the measures
-) -> pd.DataFrame:  # one row a cost or measure, one column a model, cells of text; the last column is the best baseline
-    "Mean ± half the 95 % interval over seeds (only the mean with one seed); – where a model cannot answer."
+    # one row a cost or measure, one column a model, cells of text; the last column is the best
+    # baseline
+) -> pd.DataFrame:
+    """Mean ± half the 95 % interval over seeds (only the mean with one seed); – where a model
+    cannot answer.
+    """
+
     def cell(entry, measure):
         digits = places if measure in MEASURES else 0
-        return f"{entry['mean']:,.{digits}f}" + (f" ± {(entry['high'] - entry['low']) / 2:,.{digits}f}" if entry["seeds"] > 1 and measure != "parameters" else "")
+        return f"{entry['mean']:,.{digits}f}" + (
+            f" ± {(entry['high'] - entry['low']) / 2:,.{digits}f}"
+            if entry["seeds"] > 1 and measure != "parameters"
+            else ""
+        )
+
     summary = pd.DataFrame(content["summary"])
     models = list(summary["model"].unique())
     cells = {(e["model"], e["measure"]): cell(e, e["measure"]) for e in summary.to_dict("records")}
-    table = pd.DataFrame({m: [cells.get((m, measure), "–") for measure in (*COSTS, *MEASURES)] for m in models}, index=[*COSTS, *MEASURES])
-    table["best baseline"] = [f"{content['baselines'][m]['value']:.{places}f}" if m in content["baselines"] else "" for m in table.index]
+    table = pd.DataFrame(
+        {m: [cells.get((m, measure), "–") for measure in (*COSTS, *MEASURES)] for m in models},
+        index=[*COSTS, *MEASURES],
+    )
+    table["best baseline"] = [
+        f"{content['baselines'][m]['value']:.{places}f}" if m in content["baselines"] else ""
+        for m in table.index
+    ]
     table.loc["seeds"] = [str(summary[summary["model"] == m]["seeds"].max()) for m in models] + [""]
     return table
 
 # %% ../nbs/18_runs.ipynb #34f95201
-OTHERS = {"joint": ("010_joint",)}  # models that are no hierarchy of classifiers → the stage notebooks that train and evaluate them
+# models that are no hierarchy of classifiers → the stage notebooks that train and evaluate them
+OTHERS = {"joint": ("010_joint",)}
 
 
 def _description(run):
     "What the blocks of a run are, without the versions that made them."
     metadata = read_json(run.require("dataset/block_16/metadata.json"))
-    return {k: v for k, v in metadata.items() if k not in ("versions", "splits")} | {split: part["recordings"] for split, part in metadata["splits"].items()}
+    return {k: v for k, v in metadata.items() if k not in ("versions", "splits")} | {
+        split: part["recordings"] for split, part in metadata["splits"].items()
+    }
 
 
 def share_data(
     source: RunDirectory,  # run with raw recordings and data set
     run: RunDirectory,  # run that shall have them too
 ):
-    "Copy the data of one run into another, whole or not at all. Raises `StageError` if it already has other data."
+    """Copy the data of one run into another, whole or not at all.
+
+    Raises `StageError` if it already has other data.
+    """
     run.path.mkdir(parents=True, exist_ok=True)
     for room in ("raw", "dataset"):
-        if (run / room).exists(): continue
+        if (run / room).exists():
+            continue
         part = run / f".{room}.part"
-        if part.exists(): shutil.rmtree(part)  # of a process that was killed while it copied
+        if part.exists():
+            shutil.rmtree(part)  # of a process that was killed while it copied
         shutil.copytree(source / room, part)
         os.replace(part, run / room)
     if _description(source) != _description(run):
-        raise StageError(f"{run.path} holds other blocks than {source.path}: remove it, or compare in another run directory")
+        raise StageError(
+            f"{run.path} holds other blocks than {source.path}: remove it, or compare in another"
+            " run directory"
+        )
 
 
 def stages_of(name: str) -> tuple:  # stage notebooks that follow the preparation of the data
-    "What trains and evaluates a model: `OTHERS`, or the stages of the pipeline that a hierarchy needs. Raises `ValueError` for an unknown name."
-    if name in OTHERS: return OTHERS[name]
-    unused = PIPELINE[3 + len(find_hierarchy(name).stages):7]
+    """What trains and evaluates a model: `OTHERS`, or the stages of the pipeline that a hierarchy
+    needs.
+
+    Raises `ValueError` for an unknown name.
+    """
+    if name in OTHERS:
+        return OTHERS[name]
+    unused = PIPELINE[3 + len(find_hierarchy(name).stages) : 7]
     return tuple(stage for stage in PIPELINE[2:] if stage not in unused)
 
 
 def _write_comparison(run, results, settings, split_seed):
-    "Check that all `results` ((model, seed) → row and report) answer for the same blocks, and write `comparison.json`; the table of rows."
-    rows = pd.DataFrame([{"model": model, "seed": seed, **row} for (model, seed), (row, _) in results.items()])
+    """Check that all `results` ((model, seed) → row and report) answer for the same blocks, and
+    write `comparison.json`; the table of rows.
+    """
+    rows = pd.DataFrame(
+        [{"model": model, "seed": seed, **row} for (model, seed), (row, _) in results.items()]
+    )
     for what in ("split", "blocks"):
         if rows[what].nunique() > 1:
-            raise StageError(f"the results in {run.path} are of different test blocks ({what}: {'; '.join(f'{m} seed {s}: {v}' for m, s, v in zip(rows['model'], rows['seed'], rows[what]))}); remove what is of another data set")
+            raise StageError(
+                f"the results in {run.path} are of different test blocks ({what}:"
+                f" {'; '.join(f'{m} seed {s}: {v}' for m, s, v in zip(rows['model'], rows['seed'], rows[what]))});"
+                " remove what is of another data set"
+            )
     reports = [full for _, full in results.values()]
-    classes = [{"model": model, "seed": seed, "class": name, **entry} for (model, seed), (_, full) in results.items() for name, entry in full["ten"]["per_class"].items()]
-    save_json({"rows": rows.to_dict("records"), "summary": over_models(rows).to_dict("records"), "baselines": best_baselines(reports), "per_class": classes,
-               "test": {"blocks": rows["blocks"][0], "sequences": reports[0].get("sequences")}, "split_hash": rows["split"][0], "split_seed": split_seed,
-               "settings": settings, "versions": environment(), "code": code_hash()}, run / "comparison.json")
+    classes = [
+        {"model": model, "seed": seed, "class": name, **entry}
+        for (model, seed), (_, full) in results.items()
+        for name, entry in full["ten"]["per_class"].items()
+    ]
+    save_json(
+        {
+            "rows": rows.to_dict("records"),
+            "summary": over_models(rows).to_dict("records"),
+            "baselines": best_baselines(reports),
+            "per_class": classes,
+            "test": {"blocks": rows["blocks"][0], "sequences": reports[0].get("sequences")},
+            "split_hash": rows["split"][0],
+            "split_seed": split_seed,
+            "settings": settings,
+            "versions": environment(),
+            "code": code_hash(),
+        },
+        run / "comparison.json",
+    )
     return rows
 
 
@@ -472,53 +826,129 @@ def compare(
     hierarchies=COMPARED,  # names of hierarchies, and of `OTHERS`
     seeds=(42,),  # of the networks and their batches
     split_seed: int = 42,  # of the split, the same for all
-    further: dict = {},  # name → directory with results of a model that was trained elsewhere, see `find_results`
+    # name → directory with results of a model that was trained elsewhere, see `find_results`
+    further: dict = {},
     parameters: dict = {},  # for every stage that takes them; they win over the demonstration's
     per_stage: dict = {},  # stage notebook → its own parameters, which win over all
     keep: bool = True,  # leave out stages that are done
     quiet: bool = False,  # show nothing of what the notebooks print
-) -> pd.DataFrame:  # one row a model and seed: `COSTS`, `MEASURES` (NaN where it cannot answer), blocks, split
-    """Run the stages for every hierarchy and seed on the same data set, and put the results on the test sequences side by side in `comparison.json`, which is written anew after each.
+    # one row a model and seed: `COSTS`, `MEASURES` (NaN where it cannot answer), blocks, split
+) -> pd.DataFrame:
+    """Run the stages for every hierarchy and seed on the same data set, and put the results on the
+    test sequences side by side in `comparison.json`, which is written anew after each.
 
-    `parameters` counts the weights of all networks of a pipeline, `training seconds` the time of all its trainings, `blocks per second` the whole pipeline on the test blocks.
-    Raises `ValueError` for names and parameters that do not exist, before anything runs, and `StageError` when a stage fails or results do not belong together.
+    `parameters` counts the weights of all networks of a pipeline, `training seconds` the time of
+    all its trainings, `blocks per second` the whole pipeline on the test blocks. Raises
+    `ValueError` for names and parameters that do not exist, before anything runs, and `StageError`
+    when a stage fails or results do not belong together.
     """
     hierarchies, seeds = tuple(hierarchies), tuple(seeds)
     stages = {name: stages_of(name) for name in hierarchies}
-    taken = {stage: parameters_of(find_notebook(stage)) for stage in dict.fromkeys((*PIPELINE[:2], *(s for own in stages.values() for s in own)))}
-    if not hierarchies or not seeds or len(set(hierarchies)) < len(hierarchies) or len(set(seeds)) < len(seeds): raise ValueError(f"name each hierarchy and each seed once, at least one of both: {', '.join(hierarchies)}; {', '.join(map(str, seeds))}")
-    if own := sorted({"hierarchy", "seed", "run_dir"} & set(parameters)): raise ValueError(f"a comparison sets {', '.join(own)} itself: leave it out of the parameters")
-    if unknown := sorted(set(parameters) - set().union(*taken.values())): raise ValueError(f"no stage takes {', '.join(unknown)}: they take {', '.join(sorted(set().union(*taken.values())))}")
-    if taken_twice := sorted(set(further) & set(hierarchies)): raise ValueError(f"{', '.join(taken_twice)} is trained here and cannot be the name of a further result")
+    taken = {
+        stage: parameters_of(find_notebook(stage))
+        for stage in dict.fromkeys((*PIPELINE[:2], *(s for own in stages.values() for s in own)))
+    }
+    if (
+        not hierarchies
+        or not seeds
+        or len(set(hierarchies)) < len(hierarchies)
+        or len(set(seeds)) < len(seeds)
+    ):
+        raise ValueError(
+            "name each hierarchy and each seed once, at least one of both:"
+            f" {', '.join(hierarchies)}; {', '.join(map(str, seeds))}"
+        )
+    if own := sorted({"hierarchy", "seed", "run_dir"} & set(parameters)):
+        raise ValueError(
+            f"a comparison sets {', '.join(own)} itself: leave it out of the parameters"
+        )
+    if unknown := sorted(set(parameters) - set().union(*taken.values())):
+        raise ValueError(
+            f"no stage takes {', '.join(unknown)}: they take"
+            f" {', '.join(sorted(set().union(*taken.values())))}"
+        )
+    if taken_twice := sorted(set(further) & set(hierarchies)):
+        raise ValueError(
+            f"{', '.join(taken_twice)} is trained here and cannot be the name of a further result"
+        )
     usual = {name: DEMO if name in OTHERS else settings_for(name) for name in hierarchies}
-    settings = {name: {stage: usual[name].get(stage, {}) | {k: v for k, v in parameters.items() if k in taken[stage]} | per_stage.get(stage, {})
-                       for stage in (*PIPELINE[:2], *stages[name])} for name in hierarchies}
-    found = {name: find_results(run / name) for name in OTHERS if name not in hierarchies} | {name: find_results(folder) for name, folder in further.items()}
-    if empty := [name for name in further if not found[name]]: raise FileNotFoundError(f"there is no result of {', '.join(empty)}: its directory must hold seed_<n>/report.json or report.json")
-    results, others = {}, {(name, seed): read_result(folder) for name, folders in found.items() for seed, folder in folders.items()}
+    settings = {
+        name: {
+            stage: (
+                usual[name].get(stage, {})
+                | {k: v for k, v in parameters.items() if k in taken[stage]}
+                | per_stage.get(stage, {})
+            )
+            for stage in (*PIPELINE[:2], *stages[name])
+        }
+        for name in hierarchies
+    }
+    found = {name: find_results(run / name) for name in OTHERS if name not in hierarchies} | {
+        name: find_results(folder) for name, folder in further.items()
+    }
+    if empty := [name for name in further if not found[name]]:
+        raise FileNotFoundError(
+            f"there is no result of {', '.join(empty)}: its directory must hold"
+            " seed_<n>/report.json or report.json"
+        )
+    results, others = {}, {
+        (name, seed): read_result(folder)
+        for name, folders in found.items()
+        for seed, folder in folders.items()
+    }
     data = RunDirectory(run / "data")
-    run_stages(PIPELINE[:2], data, {"seed": split_seed}, settings[hierarchies[0]], keep=keep, quiet=quiet)
+    run_stages(
+        PIPELINE[:2], data, {"seed": split_seed}, settings[hierarchies[0]], keep=keep, quiet=quiet
+    )
     split = read_json(data / "dataset/block_16/metadata.json")["split_hash"]
-    if strange := [f"{name} seed {seed}: {row['split']}" for (name, seed), (row, _) in others.items() if row["split"] != split]:
-        raise StageError(f"this comparison is on the split {split}, but not {'; '.join(strange)}: evaluate these on the same split, or leave them out")
+    if strange := [
+        f"{name} seed {seed}: {row['split']}"
+        for (name, seed), (row, _) in others.items()
+        if row["split"] != split
+    ]:
+        raise StageError(
+            f"this comparison is on the split {split}, but not {'; '.join(strange)}: evaluate these"
+            " on the same split, or leave them out"
+        )
     for seed in seeds:
         for name in hierarchies:
             print(f"{name}, seed {seed}", flush=True)
             own = RunDirectory(run / f"{name}/seed_{seed}")
             share_data(data, own)
-            run_stages(stages[name], own, {"seed": seed} | ({} if name in OTHERS else {"hierarchy": name}), settings[name], keep=keep, quiet=quiet)
+            run_stages(
+                stages[name],
+                own,
+                {"seed": seed} | ({} if name in OTHERS else {"hierarchy": name}),
+                settings[name],
+                keep=keep,
+                quiet=quiet,
+            )
             results[name, seed] = read_result(own)
-            rows = _write_comparison(run, dict(sorted(results.items(), key=lambda one: (hierarchies.index(one[0][0]), one[0][1]))) | others, settings, split_seed)
+            rows = _write_comparison(
+                run,
+                dict(
+                    sorted(
+                        results.items(), key=lambda one: (hierarchies.index(one[0][0]), one[0][1])
+                    )
+                )
+                | others,
+                settings,
+                split_seed,
+            )
     return rows
 
 # %% ../nbs/18_runs.ipynb #c60859b3
 def run_benchmarks(run: RunDirectory, quiet: bool = False) -> Path:
-    "Execute the benchmark notebooks and collect what they wrote in `bench.json`: `ratios` (one row each) and the full measurements."
+    """Execute the benchmark notebooks and collect what they wrote in `bench.json`: `ratios` (one
+    row each) and the full measurements.
+    """
     parts = {}
     for path in sorted(notebooks_folder("benchmarks").glob("*.ipynb")):
         out = run.room("benchmarks") / f"{path.stem}.json"
         print(f"benchmark {path.stem}", flush=True)
-        run_notebook(path, run.room("notebooks") / f"bench_{path.stem}.ipynb", {"out": str(out)}, quiet=quiet)
+        run_notebook(
+            path, run.room("notebooks") / f"bench_{path.stem}.ipynb", {"out": str(out)}, quiet=quiet
+        )
         parts[path.stem] = json.loads(out.read_text(encoding="utf-8"))
     rows = [{"benchmark": name, **row} for name, part in parts.items() for row in part["ratios"]]
     save_json({"ratios": rows, "benchmarks": parts, "versions": environment()}, run / "bench.json")

@@ -40,53 +40,80 @@ def resize_plane(
     width: int,  # columns of the result
     factor: float,  # how many source samples become one, in each direction
 ) -> np.ndarray:  # float64 [height, width]
-    "Lanczos reduction in floating point, from the top left; what the factor leaves over at the right and bottom is cut off."
+    """Lanczos reduction in floating point, from the top left; what the factor leaves over at the
+    right and bottom is cut off.
+    """
     image = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
     box = (0, 0, min(width * factor, plane.shape[1]), min(height * factor, plane.shape[0]))
-    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box), dtype=np.float64)
+    return np.asarray(
+        image.resize((width, height), Image.Resampling.LANCZOS, box=box), dtype=np.float64
+    )
 
 # %% ../nbs/12_sample.ipynb #600af734
 def _even_size(height, width, factor):
     if factor < LEAST_FACTOR:
-        raise ValueError(f"A reduction by {factor:g} does not give real 10-bit values; use a factor of at least {LEAST_FACTOR:g}.")
+        raise ValueError(
+            f"A reduction by {factor:g} does not give real 10-bit values; use a factor of at least"
+            f" {LEAST_FACTOR:g}."
+        )
     height, width = (int(side / factor) // 2 * 2 for side in (height, width))
     if min(height, width) < 16:
-        raise ValueError(f"A reduction by {factor:g} leaves {width}×{height} pixels; at least 16×16 are needed.")
+        raise ValueError(
+            f"A reduction by {factor:g} leaves {width}×{height} pixels; at least 16×16 are needed."
+        )
     return height, width
 
 
-def _codes(plane): return np.clip(np.rint(plane), 4, 1019).astype(np.uint16)
+def _codes(plane):
+    return np.clip(np.rint(plane), 4, 1019).astype(np.uint16)
 
 
 def planes_from_rgb(
     pixels: np.ndarray,  # uint8 [rows, columns, 3], or [rows, columns] for a grey picture
     factor: float = 1.5,  # reduction in each direction, at least 1.5
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # Y [H, W], U and V [H/2, W/2], uint16, 4–1019; H and W even
-    """Smaller 10-bit 4:2:0 planes of an 8-bit picture (ITU-R BT.709, 2015, narrow range, Lanczos reduction).
+    # Y [H, W], U and V [H/2, W/2], uint16, 4–1019; H and W even
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Smaller 10-bit 4:2:0 planes of an 8-bit picture (ITU-R BT.709, 2015, narrow range, Lanczos
+    reduction).
 
     Raises `ValueError` for another type or shape and for a factor below 1.5.
     """
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
-        raise ValueError(f"The picture is {pixels.dtype} {pixels.shape}; an 8-bit picture [rows, columns] or [rows, columns, 3] is needed.")
+        raise ValueError(
+            f"The picture is {pixels.dtype} {pixels.shape}; an 8-bit picture [rows, columns] or"
+            " [rows, columns, 3] is needed."
+        )
     height, width = _even_size(*pixels.shape[:2], factor)
     values = pixels.astype(np.float64) / 255
-    if values.ndim == 2: values = values[..., None].repeat(3, 2)
+    if values.ndim == 2:
+        values = values[..., None].repeat(3, 2)
     red, green, blue = np.moveaxis(values, 2, 0)
     luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     small = lambda plane: resize_plane(plane, height // 2, width // 2, 2 * factor)
-    return (_codes(64 + 876 * resize_plane(luma, height, width, factor)),
-            _codes(512 + 896 * small((blue - luma) / 1.8556)), _codes(512 + 896 * small((red - luma) / 1.5748)))
+    return (
+        _codes(64 + 876 * resize_plane(luma, height, width, factor)),
+        _codes(512 + 896 * small((blue - luma) / 1.8556)),
+        _codes(512 + 896 * small((red - luma) / 1.5748)),
+    )
 
 # %% ../nbs/12_sample.ipynb #aa6ba999
 def planes_from_ycbcr(
-    planes: Sequence[np.ndarray],  # Y [rows, columns], U and V [half the rows, half the columns, rounded up], uint8, narrow range
+    # Y [rows, columns], U and V [half the rows, half the columns, rounded up], uint8, narrow range
+    planes: Sequence[np.ndarray],
     factor: float = 1.5,  # reduction in each direction, at least 1.5
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # Y [H, W], U and V [H/2, W/2], uint16, 4–1019; H and W even
-    "Smaller 10-bit 4:2:0 planes of an 8-bit 4:2:0 film frame. Raises `ValueError` for other types or shapes and for a factor below 1.5."
+    # Y [H, W], U and V [H/2, W/2], uint16, 4–1019; H and W even
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Smaller 10-bit 4:2:0 planes of an 8-bit 4:2:0 film frame.
+
+    Raises `ValueError` for other types or shapes and for a factor below 1.5.
+    """
     rows, columns = planes[0].shape
     wanted = [(rows, columns)] + 2 * [((rows + 1) // 2, (columns + 1) // 2)]
     if [p.shape for p in planes] != wanted or any(p.dtype != np.uint8 for p in planes):
-        raise ValueError(f"The planes are {[(str(p.dtype), p.shape) for p in planes]}; 8-bit 4:2:0 planes of the shapes {wanted} are needed.")
+        raise ValueError(
+            f"The planes are {[(str(p.dtype), p.shape) for p in planes]}; 8-bit 4:2:0 planes of the"
+            f" shapes {wanted} are needed."
+        )
     height, width = _even_size(rows, columns, factor)
     sizes = [(height, width)] + 2 * [(height // 2, width // 2)]
     return tuple(_codes(4 * resize_plane(p, h, w, factor)) for p, (h, w) in zip(planes, sizes))
@@ -95,6 +122,7 @@ def planes_from_ycbcr(
 @dataclass(frozen=True, eq=False)
 class Picture:
     "One sequence of the sample: pixels, trees and origin."
+
     name: str  # name of the sequence: lower-case letters
     title: str  # what it shows
     author: str  # who made it, or who is to be credited
@@ -102,14 +130,19 @@ class Picture:
     source: str  # package, version and file that carried it
     preparation: str  # how the planes were made from it
     luma: np.ndarray  # uint16 [frames, H, W], 10-bit narrow range
-    nodes: Mapping[int, pd.DataFrame]  # qindex -> node table of the coded tree, sizes 64 to 8, frame-edge nodes included
-    streams: Mapping[int, Mapping]  # qindex -> sha256, bytes and cq_level of the stream that the nodes were read from
+    # qindex -> node table of the coded tree, sizes 64 to 8, frame-edge nodes included
+    nodes: Mapping[int, pd.DataFrame]
+    # qindex -> sha256, bytes and cq_level of the stream that the nodes were read from
+    streams: Mapping[int, Mapping]
     source_sha256: str = ""  # of the picture file inside the package
     notice: str = ""  # text that the licence wants to go along with the picture
 
     def __repr__(self):
         frames, height, width = self.luma.shape
-        return f"Picture({self.name}: {frames} × {width}×{height}, qindex {', '.join(map(str, sorted(self.nodes)))})"
+        return (
+            f"Picture({self.name}: {frames} × {width}×{height}, qindex"
+            f" {', '.join(map(str, sorted(self.nodes)))})"
+        )
 
 # %% ../nbs/12_sample.ipynb #0d286241
 class SampleError(RuntimeError):
@@ -122,27 +155,34 @@ def sample_folder() -> Path:  # where the package keeps its sample
 
 
 def sha256(
-    data: bytes | np.ndarray,  # bytes, or an array, which counts as its little-endian values in row-major order
+    # bytes, or an array, which counts as its little-endian values in row-major order
+    data: bytes | np.ndarray,
 ) -> str:  # 64 hexadecimal digits
     "SHA-256 of bytes or of the values of an array."
-    if isinstance(data, np.ndarray): data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("<")).tobytes()
+    if isinstance(data, np.ndarray):
+        data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("<")).tobytes()
     return hashlib.sha256(data).hexdigest()
 
 
-def _recording_name(name, qindex): return f"{name}_q{qindex:03d}"
+def _recording_name(name, qindex):
+    return f"{name}_q{qindex:03d}"
 
 
 def _pack_logs(pictures):
     "The trees of all pictures as one tar.xz whose bytes depend on the content alone."
     packed = io.BytesIO()
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(
+        fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT
+    ) as tar:
         for picture in sorted(pictures, key=lambda p: p.name):
             for qindex, nodes in sorted(picture.nodes.items()):
                 for frame, table in nodes.groupby("frame"):
                     path = Path(folder) / "log.txt"
                     write_partition_log(path, table)
                     data = path.read_bytes()
-                    info = tarfile.TarInfo(f"{_recording_name(picture.name, qindex)}/partition_frame_{frame}.txt")
+                    info = tarfile.TarInfo(
+                        f"{_recording_name(picture.name, qindex)}/partition_frame_{frame}.txt"
+                    )
                     info.size, info.mode = len(data), 0o644
                     tar.addfile(info, io.BytesIO(data))
     return lzma.compress(packed.getvalue(), preset=9 | lzma.PRESET_EXTREME)
@@ -153,28 +193,65 @@ def write_sample(
     encoder: Mapping,  # library, version and options that all streams share; kept in the manifest
     folder: str | os.PathLike,  # where to; an older sample there is replaced as a whole
 ) -> Path:  # the folder
-    """Write a sample: planes, logs, manifest and card. The folder is either complete or as it was.
+    """Write a sample: planes, logs, manifest and card.
 
-    Raises `ValueError` for double names, for pixels that are not 10-bit uint16 [frames, H, W], and for nodes of frames that do not exist.
+    The folder is either complete or as it was.
+
+    Raises `ValueError` for double names, for pixels that are not 10-bit uint16 [frames, H, W], and
+    for nodes of frames that do not exist.
     """
     folder = Path(folder)
     names = [p.name for p in pictures]
-    if len(set(names)) < len(names): raise ValueError(f"Each picture needs a name of its own: {sorted(n for n in names if names.count(n) > 1)[0]!r} is there twice.")
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "Each picture needs a name of its own:"
+            f" {sorted(n for n in names if names.count(n) > 1)[0]!r} is there twice."
+        )
     contents, entries = {}, []
     for p in sorted(pictures, key=lambda p: p.name):
         if p.luma.dtype != np.uint16 or p.luma.ndim != 3 or p.luma.max() > 1023:
-            raise ValueError(f"{p.name}: the luma must be 10-bit uint16 [frames, H, W]; it is {p.luma.dtype} {p.luma.shape} with a maximum of {p.luma.max()}.")
+            raise ValueError(
+                f"{p.name}: the luma must be 10-bit uint16 [frames, H, W]; it is {p.luma.dtype}"
+                f" {p.luma.shape} with a maximum of {p.luma.max()}."
+            )
         for qindex, nodes in p.nodes.items():
             if set(nodes["frame"]) != set(range(len(p.luma))):
-                raise ValueError(f"{p.name}: the nodes at qindex {qindex} belong to the frames {sorted(set(nodes['frame']))}, but there are {len(p.luma)} frames.")
+                raise ValueError(
+                    f"{p.name}: the nodes at qindex {qindex} belong to the frames"
+                    f" {sorted(set(nodes['frame']))}, but there are {len(p.luma)} frames."
+                )
         path = f"luma/{p.name}.jxl"
-        contents[path] = imagecodecs.jpegxl_encode(np.concatenate(p.luma), lossless=True, effort=7, bitspersample=10, numthreads=1)
+        contents[path] = imagecodecs.jpegxl_encode(
+            np.concatenate(p.luma), lossless=True, effort=7, bitspersample=10, numthreads=1
+        )
         frames, height, width = p.luma.shape
-        entries.append(dict(name=p.name, title=p.title, author=p.author, licence=p.licence, source=p.source, source_sha256=p.source_sha256,
-                            notice=p.notice, preparation=p.preparation, frames=frames, height=height, width=width, luma=path, luma_sha256=sha256(p.luma),
-                            streams={str(q): dict(p.streams[q], nodes=len(p.nodes[q])) for q in sorted(p.nodes)}))
+        entries.append(
+            dict(
+                name=p.name,
+                title=p.title,
+                author=p.author,
+                licence=p.licence,
+                source=p.source,
+                source_sha256=p.source_sha256,
+                notice=p.notice,
+                preparation=p.preparation,
+                frames=frames,
+                height=height,
+                width=width,
+                luma=path,
+                luma_sha256=sha256(p.luma),
+                streams={
+                    str(q): dict(p.streams[q], nodes=len(p.nodes[q])) for q in sorted(p.nodes)
+                },
+            )
+        )
     contents["logs.tar.xz"] = _pack_logs(pictures)
-    manifest = dict(format="av1nb sample 1", encoder=dict(encoder), pictures=entries, files={path: sha256(data) for path, data in sorted(contents.items())})
+    manifest = dict(
+        format="av1nb sample 1",
+        encoder=dict(encoder),
+        pictures=entries,
+        files={path: sha256(data) for path, data in sorted(contents.items())},
+    )
     contents["sample.json"] = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +259,8 @@ def write_sample(
     try:
         partial.chmod(0o755)
         (partial / "luma").mkdir()
-        for path, data in contents.items(): (partial / path).write_bytes(data)
+        for path, data in contents.items():
+            (partial / path).write_bytes(data)
         (partial / "CARD.md").write_text(sample_card(partial), encoding="utf-8")
         replace_folder(partial, folder)
     except BaseException:
@@ -199,18 +277,29 @@ def read_manifest(
 ) -> dict:  # encoder, pictures and the hashes of the files
     "Manifest of a sample. Raises `SampleError` if it is missing or cannot be read."
     path = Path(folder or sample_folder()) / "sample.json"
-    if not path.is_file(): raise SampleError(f"The sample is not there: {path} is missing. {_REMEDY}")
-    try: manifest = json.loads(path.read_bytes())
-    except ValueError as error: raise SampleError(f"{path} is damaged ({error}). {_REMEDY}") from error
-    if manifest.get("format") != "av1nb sample 1": raise SampleError(f"{path} has the format {manifest.get('format')!r}; this version reads 'av1nb sample 1'. {_REMEDY}")
+    if not path.is_file():
+        raise SampleError(f"The sample is not there: {path} is missing. {_REMEDY}")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise SampleError(f"{path} is damaged ({error}). {_REMEDY}") from error
+    if manifest.get("format") != "av1nb sample 1":
+        raise SampleError(
+            f"{path} has the format {manifest.get('format')!r}; this version reads 'av1nb sample"
+            f" 1'. {_REMEDY}"
+        )
     return manifest
 
 
 def _read_checked(folder, manifest, path):
-    if not (folder / path).is_file(): raise SampleError(f"The sample file {folder / path} is missing. {_REMEDY}")
+    if not (folder / path).is_file():
+        raise SampleError(f"The sample file {folder / path} is missing. {_REMEDY}")
     data = (folder / path).read_bytes()
     if (found := sha256(data)) != manifest["files"][path]:
-        raise SampleError(f"The sample file {folder / path} is damaged: its sha256 is {found[:16]}…, the manifest says {manifest['files'][path][:16]}…. {_REMEDY}")
+        raise SampleError(
+            f"The sample file {folder / path} is damaged: its sha256 is {found[:16]}…, the manifest"
+            f" says {manifest['files'][path][:16]}…. {_REMEDY}"
+        )
     return data
 
 
@@ -220,12 +309,14 @@ def load_sample(
 ) -> list[Picture]:  # in the order of their names
     """Pixels and coded trees of the sample, every byte checked against the manifest.
 
-    Raises `SampleError` for a missing or damaged file and `ValueError` for a name that the sample does not have.
+    Raises `SampleError` for a missing or damaged file and `ValueError` for a name that the sample
+    does not have.
     """
     folder = Path(folder or sample_folder())
     manifest = read_manifest(folder)
     known = [entry["name"] for entry in manifest["pictures"]]
-    if unknown := sorted(set(names or ()) - set(known)): raise ValueError(f"The sample has no picture {unknown[0]!r}; it has {', '.join(known)}.")
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise ValueError(f"The sample has no picture {unknown[0]!r}; it has {', '.join(known)}.")
     logs = lzma.decompress(_read_checked(folder, manifest, "logs.tar.xz"))
     pictures = []
     with tempfile.TemporaryDirectory() as temporary, tarfile.open(fileobj=io.BytesIO(logs)) as tar:
@@ -233,42 +324,89 @@ def load_sample(
             (path := Path(temporary) / member.name).parent.mkdir(exist_ok=True)
             path.write_bytes(tar.extractfile(member).read())
         for entry in manifest["pictures"]:
-            if names is not None and entry["name"] not in names: continue
+            if names is not None and entry["name"] not in names:
+                continue
             frames, height, width = (entry[k] for k in ("frames", "height", "width"))
-            luma = imagecodecs.jpegxl_decode(_read_checked(folder, manifest, entry["luma"]), numthreads=1).reshape(frames, height, width)
+            luma = imagecodecs.jpegxl_decode(
+                _read_checked(folder, manifest, entry["luma"]), numthreads=1
+            ).reshape(frames, height, width)
             if sha256(luma) != entry["luma_sha256"]:
-                raise SampleError(f"{folder / entry['luma']} decodes to other pixels than those that were encoded; the installed imagecodecs {imagecodecs.__version__} reads it wrongly.")
-            streams = {int(q): {k: v for k, v in stream.items() if k != "nodes"} for q, stream in entry["streams"].items()}
-            nodes = {q: read_partition_logs(Path(temporary) / _recording_name(entry["name"], q), width=width, height=height, frames=range(frames)) for q in streams}
+                raise SampleError(
+                    f"{folder / entry['luma']} decodes to other pixels than those that were"
+                    f" encoded; the installed imagecodecs {imagecodecs.__version__} reads it"
+                    " wrongly."
+                )
+            streams = {
+                int(q): {k: v for k, v in stream.items() if k != "nodes"}
+                for q, stream in entry["streams"].items()
+            }
+            nodes = {
+                q: read_partition_logs(
+                    Path(temporary) / _recording_name(entry["name"], q),
+                    width=width,
+                    height=height,
+                    frames=range(frames),
+                )
+                for q in streams
+            }
             for q, table in nodes.items():
                 if len(table) != (wanted := entry["streams"][str(q)]["nodes"]):
-                    raise SampleError(f"{folder / 'logs.tar.xz'}: {entry['name']} has {len(table)} nodes at qindex {q}, the manifest says {wanted}. {_REMEDY}")
-            pictures.append(Picture(luma=luma, nodes=nodes, streams=streams,
-                                    **{k: entry[k] for k in ("name", "title", "author", "licence", "source", "preparation", "source_sha256", "notice")}))
+                    raise SampleError(
+                        f"{folder / 'logs.tar.xz'}: {entry['name']} has {len(table)} nodes at"
+                        f" qindex {q}, the manifest says {wanted}. {_REMEDY}"
+                    )
+            pictures.append(
+                Picture(
+                    luma=luma,
+                    nodes=nodes,
+                    streams=streams,
+                    **{
+                        k: entry[k]
+                        for k in (
+                            "name",
+                            "title",
+                            "author",
+                            "licence",
+                            "source",
+                            "preparation",
+                            "source_sha256",
+                            "notice",
+                        )
+                    },
+                )
+            )
     return pictures
 
 # %% ../nbs/12_sample.ipynb #57738006
 def node_counts(
     pictures: Sequence[Picture],  # pictures of the sample
     size: int = 16,  # size of the nodes, pixels
-) -> pd.DataFrame:  # indexed by (sequence, qindex); one column a partition type: nodes wholly inside the frame
-    "How often each partition type occurs in every recording, counting coded nodes of one size that lie wholly inside the frame."
+    # indexed by (sequence, qindex); one column a partition type: nodes wholly inside the frame
+) -> pd.DataFrame:
+    """How often each partition type occurs in every recording, counting coded nodes of one size
+    that lie wholly inside the frame.
+    """
     counts = {}
     for picture in pictures:
         _, height, width = picture.luma.shape
         for qindex, nodes in sorted(picture.nodes.items()):
             inside = nodes[(nodes["size"] == size) & is_inside(nodes, width, height)]
             counts[picture.name, qindex] = np.bincount(inside["type"], minlength=10)
-    return pd.DataFrame.from_dict(counts, orient="index", columns=[t.name for t in PartitionType]).set_axis(
-        pd.MultiIndex.from_tuples(counts, names=["sequence", "qindex"]))
+    return pd.DataFrame.from_dict(
+        counts, orient="index", columns=[t.name for t in PartitionType]
+    ).set_axis(pd.MultiIndex.from_tuples(counts, names=["sequence", "qindex"]))
 
 
 def markdown_table(
     table: pd.DataFrame,  # its index is left out
 ) -> str:
     "A table in Markdown; a bar within a cell becomes a slash."
-    rows = [list(map(str, table.columns)), ["---"] * len(table.columns)] + [[str(v) for v in row] for row in table.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
+    rows = [list(map(str, table.columns)), ["---"] * len(table.columns)] + [
+        [str(v) for v in row] for row in table.itertuples(index=False)
+    ]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows
+    )
 
 
 def _card(manifest, pictures):
@@ -279,71 +417,166 @@ def _card(manifest, pictures):
     by_sequence = counts.groupby("sequence").sum()
     by_sequence.insert(0, "nodes", by_sequence.sum(axis=1))
     qindexes = counts.sum(axis=1).unstack("qindex").add_prefix("q ")
-    sources = pd.DataFrame([{"sequence": p.name, "what": p.title, "author or credit": p.author, "licence": p.licence, "carried by": p.source,
-                             "frames": "{0} × {2}×{1}".format(*p.luma.shape), "preparation": p.preparation} for p in pictures])
-    notices = {text: [p.name for p in pictures if p.notice == text] for text in sorted({p.notice for p in pictures if p.notice})}
-    hashes = pd.DataFrame([{"sequence": p.name, "sha256 of the luma planes": f"`{sha256(p.luma)}`", "sha256 of the source file": f"`{p.source_sha256}`"} for p in pictures])
-    return "\n\n".join([
-        "# Card of the sample",
-        f"{len(pictures)} sequences, {sum(len(p.luma) for p in pictures)} frames, {sum(p.luma.size for p in pictures):,} pixels of 10-bit luma; "
-        f"{counts.to_numpy().sum():,} coded 16×16 nodes wholly inside the frame at {len(by_qindex) - 1} quantisers. Splits are by sequence: "
-        "all frames and all quantisers of one sequence belong to the same part.",
-        "## Where the pictures come from",
-        "Every picture was taken from a Python package that carries it, and made smaller. The licences below are those of the pictures; they permit use, change and redistribution with the credit given here.",
-        markdown_table(sources),
-        "## How the planes were made",
-        "Lanczos reduction in floating point by the factor named above, ITU-R BT.709 luma and 4:2:0 chroma, narrow range, rounded once to 10 bits. Grey pictures have neutral chroma. "
-        "Film frames keep their own luma and chroma. Luma ships; chroma is made again when the sample is rebuilt.",
-        "## How the labels were made",
-        f"Each picture was encoded with {encoder['library']} {encoder['version']}: " + ", ".join(f"{k} {v}" for k, v in encoder["options"].items()) + ". "
-        f"The cq-levels are {', '.join(f'{cq} (qindex {q})' for q, cq in encoder['cq_levels'].items())}. "
-        "The labels are the coded tree, read back from the stream by the decoder: node sizes 64 to 8, intra frames. Edge nodes are in the logs and are not counted below.",
-        f"It is rebuilt by `{encoder['rebuild']}`; with the same libaom the result is the same, bit for bit.",
-        "## 16×16 nodes by quantiser and type", markdown_table(by_qindex.reset_index(names="qindex")),
-        "## 16×16 nodes by sequence", markdown_table(qindexes.join(by_sequence).reset_index()),
-        "## Hashes", markdown_table(hashes),
-        *(f"## Notice for {', '.join(names)}\n\n{text}" for text, names in notices.items())]) + "\n"
+    sources = pd.DataFrame([
+        {
+            "sequence": p.name,
+            "what": p.title,
+            "author or credit": p.author,
+            "licence": p.licence,
+            "carried by": p.source,
+            "frames": "{0} × {2}×{1}".format(*p.luma.shape),
+            "preparation": p.preparation,
+        }
+        for p in pictures
+    ])
+    notices = {
+        text: [p.name for p in pictures if p.notice == text]
+        for text in sorted({p.notice for p in pictures if p.notice})
+    }
+    hashes = pd.DataFrame([
+        {
+            "sequence": p.name,
+            "sha256 of the luma planes": f"`{sha256(p.luma)}`",
+            "sha256 of the source file": f"`{p.source_sha256}`",
+        }
+        for p in pictures
+    ])
+    return (
+        "\n\n".join([
+            "# Card of the sample",
+            (
+                f"{len(pictures)} sequences, {sum(len(p.luma) for p in pictures)} frames,"
+                f" {sum(p.luma.size for p in pictures):,} pixels of 10-bit luma;"
+                f" {counts.to_numpy().sum():,} coded 16×16 nodes wholly inside the frame at"
+                f" {len(by_qindex) - 1} quantisers. Splits are by sequence: all frames and all"
+                " quantisers of one sequence belong to the same part."
+            ),
+            "## Where the pictures come from",
+            (
+                "Every picture was taken from a Python package that carries it, and made smaller."
+                " The licences below are those of the pictures; they permit use, change and"
+                " redistribution with the credit given here."
+            ),
+            markdown_table(sources),
+            "## How the planes were made",
+            (
+                "Lanczos reduction in floating point by the factor named above, ITU-R BT.709 luma"
+                " and 4:2:0 chroma, narrow range, rounded once to 10 bits. Grey pictures have"
+                " neutral chroma. Film frames keep their own luma and chroma. Luma ships; chroma is"
+                " made again when the sample is rebuilt."
+            ),
+            "## How the labels were made",
+            f"Each picture was encoded with {encoder['library']} {encoder['version']}: "
+            + ", ".join(f"{k} {v}" for k, v in encoder["options"].items())
+            + ". The cq-levels are"
+            f" {', '.join(f'{cq} (qindex {q})' for q, cq in encoder['cq_levels'].items())}. The"
+            " labels are the coded tree, read back from the stream by the decoder: node sizes 64"
+            " to 8, intra frames. Edge nodes are in the logs and are not counted below.",
+            (
+                f"It is rebuilt by `{encoder['rebuild']}`; with the same libaom the result is the"
+                " same, bit for bit."
+            ),
+            "## 16×16 nodes by quantiser and type",
+            markdown_table(by_qindex.reset_index(names="qindex")),
+            "## 16×16 nodes by sequence",
+            markdown_table(qindexes.join(by_sequence).reset_index()),
+            "## Hashes",
+            markdown_table(hashes),
+            *(f"## Notice for {', '.join(names)}\n\n{text}" for text, names in notices.items()),
+        ])
+        + "\n"
+    )
 
 
 def sample_card(
     folder: str | os.PathLike | None = None,  # folder of a sample; None is the shipped one
 ) -> str:  # Markdown
-    "Card of a sample: origin, authors, licences, preparation, encoder, counts and hashes. Raises `SampleError` as `load_sample` does."
+    """Card of a sample: origin, authors, licences, preparation, encoder, counts and hashes.
+
+    Raises `SampleError` as `load_sample` does.
+    """
     return _card(read_manifest(folder), load_sample(folder=folder))
 
 # %% ../nbs/12_sample.ipynb #879cbe3a
 def verify_sample(
     folder: str | os.PathLike | None = None,  # folder of a sample; None is the shipped one
 ) -> pd.DataFrame:  # indexed by sequence: frames, height, width, nodes, distinct luma values
-    "Check every hash, tree and plane of a sample. Raises `SampleError` at the first that is wrong, naming it."
+    """Check every hash, tree and plane of a sample.
+
+    Raises `SampleError` at the first that is wrong, naming it.
+    """
     manifest, checked = read_manifest(folder), []
-    listed, there = set(manifest["files"]) | {"sample.json", "CARD.md"}, Path(folder or sample_folder())
-    if extra := sorted(str(p.relative_to(there)) for p in there.rglob("*") if p.is_file() and p.relative_to(there).as_posix() not in listed):
+    listed, there = set(manifest["files"]) | {"sample.json", "CARD.md"}, Path(
+        folder or sample_folder()
+    )
+    if extra := sorted(
+        str(p.relative_to(there))
+        for p in there.rglob("*")
+        if p.is_file() and p.relative_to(there).as_posix() not in listed
+    ):
         raise SampleError(f"{there / extra[0]} does not belong to the sample. {_REMEDY}")
     pictures = load_sample(folder=folder)
     for p in pictures:
         frames, height, width = p.luma.shape
         for qindex, nodes in p.nodes.items():
             where = f"{p.name} at qindex {qindex}"
-            if (nodes["qindex"] != qindex).any(): raise SampleError(f"{where}: a node has the quantiser {nodes.loc[nodes['qindex'] != qindex, 'qindex'].iloc[0]}. {_REMEDY}")
-            if (nodes["frame_type"] != 0).any(): raise SampleError(f"{where}: there are nodes of inter frames. {_REMEDY}")
+            if (nodes["qindex"] != qindex).any():
+                raise SampleError(
+                    f"{where}: a node has the quantiser"
+                    f" {nodes.loc[nodes['qindex'] != qindex, 'qindex'].iloc[0]}. {_REMEDY}"
+                )
+            if (nodes["frame_type"] != 0).any():
+                raise SampleError(f"{where}: there are nodes of inter frames. {_REMEDY}")
             for frame, tree in nodes.groupby("frame"):
-                try: mi_arrays(tree, width, height)
-                except ValueError as error: raise SampleError(f"{where}, frame {frame}: {error} {_REMEDY}") from error
+                try:
+                    mi_arrays(tree, width, height)
+                except ValueError as error:
+                    raise SampleError(f"{where}, frame {frame}: {error} {_REMEDY}") from error
         levels = len(np.unique(p.luma))
-        if levels <= 256: raise SampleError(f"{p.name}: only {levels} different luma values; these are 8-bit pixels. {_REMEDY}")
-        checked.append(dict(sequence=p.name, frames=frames, height=height, width=width, nodes=sum(map(len, p.nodes.values())), levels=levels))
-    if (there / "CARD.md").read_text(encoding="utf-8") != _card(manifest, pictures): raise SampleError(f"{there / 'CARD.md'} does not describe this sample. {_REMEDY}")
+        if levels <= 256:
+            raise SampleError(
+                f"{p.name}: only {levels} different luma values; these are 8-bit pixels. {_REMEDY}"
+            )
+        checked.append(
+            dict(
+                sequence=p.name,
+                frames=frames,
+                height=height,
+                width=width,
+                nodes=sum(map(len, p.nodes.values())),
+                levels=levels,
+            )
+        )
+    if (there / "CARD.md").read_text(encoding="utf-8") != _card(manifest, pictures):
+        raise SampleError(f"{there / 'CARD.md'} does not describe this sample. {_REMEDY}")
     return pd.DataFrame(checked).set_index("sequence")
 
 # %% ../nbs/12_sample.ipynb #148e29a8
 def write_sample_raw(
-    raw_root: str | os.PathLike,  # root of the raw data; recordings that are there already are replaced
-    pictures: Sequence[Picture] | Sequence[str] | None = None,  # pictures, or their names; None writes the whole shipped sample
+    # root of the raw data; recordings that are there already are replaced
+    raw_root: str | os.PathLike,
+    # pictures, or their names; None writes the whole shipped sample
+    pictures: Sequence[Picture] | Sequence[str] | None = None,
     sizes: Sequence[int] = (16,),  # block sizes to extract, pixels
     excel: bool = False,  # write the workbooks too
 ) -> list[Recording]:  # named `<sequence>_q<qindex>`, the quantiser with three digits
-    "Lay out the sample as raw data: logs, frames, blocks, labels, quantisers and positions. Raises as `load_sample` and `raw.write_recording` do."
-    if pictures is None or any(isinstance(p, str) for p in pictures): pictures = load_sample(pictures)
-    return [write_recording(raw_root, _recording_name(p.name, qindex), p.name, p.luma, nodes, sizes=tuple(sizes), excel=excel, source=f"{p.title}. {p.author}. {p.licence}. {p.source}")
-            for p in pictures for qindex, nodes in sorted(p.nodes.items())]
+    """Lay out the sample as raw data: logs, frames, blocks, labels, quantisers and positions.
+
+    Raises as `load_sample` and `raw.write_recording` do.
+    """
+    if pictures is None or any(isinstance(p, str) for p in pictures):
+        pictures = load_sample(pictures)
+    return [
+        write_recording(
+            raw_root,
+            _recording_name(p.name, qindex),
+            p.name,
+            p.luma,
+            nodes,
+            sizes=tuple(sizes),
+            excel=excel,
+            source=f"{p.title}. {p.author}. {p.licence}. {p.source}",
+        )
+        for p in pictures
+        for qindex, nodes in sorted(p.nodes.items())
+    ]

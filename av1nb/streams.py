@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-if sys.platform != "win32": import resource  # Windows has no such module; os.times serves there
+if sys.platform != "win32":
+    import resource  # Windows has no such module; os.times serves there
 
 import av
 import numba
@@ -46,18 +47,24 @@ class LibaomError(RuntimeError):
 
 
 class StreamError(ValueError):
-    "A stream is truncated, corrupt, not AV1, or holds something that cannot be read; the message names file and frame."
+    """A stream is truncated, corrupt, not AV1, or holds something that cannot be read; the message
+    names file and frame.
+    """
 
 # %% ../nbs/01_streams.ipynb #8aa454fb
-DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})  # error numbers of a disk that refuses more
+# error numbers of a disk that refuses more
+DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 
 
 def disk_full(
     error: OSError,  # what the system said
     what: str | os.PathLike,  # what could not be written
 ) -> OSError:  # the same in one sentence
-    return OSError(error.errno, f"{what} could not be written: {os.strerror(error.errno)}. "
-                   "Nothing of it was kept; free some space or choose another folder, then run it again")
+    return OSError(
+        error.errno,
+        f"{what} could not be written: {os.strerror(error.errno)}. "
+        "Nothing of it was kept; free some space or choose another folder, then run it again",
+    )
 
 
 def make_folder(
@@ -75,7 +82,8 @@ def remove_empty(
 ) -> None:
     "Remove those folders that are empty."
     for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
@@ -84,7 +92,8 @@ def atomic_file(
 ) -> Iterator[Path]:  # a temporary name in the same folder, to write to
     """Write a file under a temporary name and rename it when the block ends well.
 
-    After any error nothing is left, and an older version of the file stays as it was; a full disk is an `OSError` in one sentence.
+    After any error nothing is left, and an older version of the file stays as it was; a full disk
+    is an `OSError` in one sentence.
     """
     path = Path(path)
     made = make_folder(path.parent)
@@ -95,7 +104,8 @@ def atomic_file(
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         remove_empty(made)
-        if isinstance(error, OSError) and error.errno in DISK_FULL: raise disk_full(error, path) from error
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise disk_full(error, path) from error
         raise
 
 
@@ -104,7 +114,8 @@ def write_bytes(
     data: bytes,  # whole content
 ) -> Path:  # the path written
     "Write a whole file with `atomic_file`."
-    with atomic_file(path) as temporary: temporary.write_bytes(data)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
     return Path(path)
 
 
@@ -114,27 +125,36 @@ def replace_folder(
 ) -> None:
     "Put a finished folder in the place of another; if that fails, the other one stays."
     old = new.with_name(new.name + "-old")
-    if folder.exists(): os.replace(folder, old)
-    try: os.replace(new, folder)
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(new, folder)
     except OSError:
-        if old.exists(): os.replace(old, folder)
+        if old.exists():
+            os.replace(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/01_streams.ipynb #11044e4e
 class Bits:
-    "Reads unsigned numbers from bytes, most significant bit first. Raises `ValueError` past the end."
+    """Reads unsigned numbers from bytes, most significant bit first.
 
-    def __init__(self,
+    Raises `ValueError` past the end.
+    """
+
+    def __init__(
+        self,
         data: bytes,  # what to read
     ):
         self.data, self.position = data, 0
 
-    def read(self,
+    def read(
+        self,
         count: int = 1,  # number of bits
     ) -> int:  # their value
         end = self.position + count
-        if end > 8 * len(self.data): raise ValueError("a header ends too early")
+        if end > 8 * len(self.data):
+            raise ValueError("a header ends too early")
         first, last = self.position // 8, (end + 7) // 8
         value = int.from_bytes(self.data[first:last], "big") >> (8 * last - end)
         self.position = end
@@ -147,9 +167,10 @@ def read_leb128(
 ) -> tuple[int, int]:  # the number and the position after it
     "Little-endian base-128 number of at most eight bytes. Raises `ValueError` if it does not end."
     value = 0
-    for i, byte in enumerate(data[position:position + 8]):
+    for i, byte in enumerate(data[position : position + 8]):
         value |= (byte & 0x7F) << (7 * i)
-        if byte < 0x80: return value, position + i + 1
+        if byte < 0x80:
+            return value, position + i + 1
     raise ValueError("a size field does not end")
 
 
@@ -164,13 +185,15 @@ def leb128(
     return bytes(out) + bytes([value])
 
 # %% ../nbs/01_streams.ipynb #441eafe9
-SEQUENCE_HEADER, TEMPORAL_DELIMITER, FRAME_HEADER, TILE_GROUP, METADATA, FRAME = 1, 2, 3, 4, 5, 6  # OBU types
+# OBU types
+SEQUENCE_HEADER, TEMPORAL_DELIMITER, FRAME_HEADER, TILE_GROUP, METADATA, FRAME = 1, 2, 3, 4, 5, 6
 REDUNDANT_FRAME_HEADER, TILE_LIST, PADDING = 7, 8, 15
 
 
 @dataclass(frozen=True)
 class Obu:
     "One open bitstream unit."
+
     kind: int  # OBU type of the specification
     payload: bytes  # what follows the header
     extension: int | None = None  # extension byte (temporal and spatial layer), if there is one
@@ -178,7 +201,9 @@ class Obu:
     @property
     def coded(self) -> bytes:  # the unit with a size field, as libaom wants it
         has_extension = self.extension is not None
-        head = bytes([self.kind << 3 | has_extension << 2 | 2]) + (bytes([self.extension]) if has_extension else b"")
+        head = bytes([self.kind << 3 | has_extension << 2 | 2]) + (
+            bytes([self.extension]) if has_extension else b""
+        )
         return head + leb128(len(self.payload)) + self.payload
 
 
@@ -190,37 +215,48 @@ def split_obus(
     obus, position = [], 0
     while position < len(data):
         head, position = data[position], position + 1
-        if head & 0x81: raise ValueError("the data are not AV1 (a reserved bit of an OBU header is set)")
+        if head & 0x81:
+            raise ValueError("the data are not AV1 (a reserved bit of an OBU header is set)")
         extension = None
         if head & 4:
-            if position >= len(data): raise ValueError("it is cut off inside an OBU header")
+            if position >= len(data):
+                raise ValueError("it is cut off inside an OBU header")
             extension, position = data[position], position + 1
         size = len(data) - position  # without a size field the unit reaches to the end
-        if head & 2: size, position = read_leb128(data, position)
-        if size > len(data) - position: raise ValueError(f"it is cut off: an OBU of {size} bytes has only {len(data) - position}")
-        obus.append(Obu(head >> 3 & 15, bytes(data[position:position + size]), extension))
+        if head & 2:
+            size, position = read_leb128(data, position)
+        if size > len(data) - position:
+            raise ValueError(
+                f"it is cut off: an OBU of {size} bytes has only {len(data) - position}"
+            )
+        obus.append(Obu(head >> 3 & 15, bytes(data[position : position + size]), extension))
         position += size
-        if not sized and position < len(data): raise ValueError("an OBU is longer than it says")
+        if not sized and position < len(data):
+            raise ValueError("an OBU is longer than it says")
     return obus
 
 # %% ../nbs/01_streams.ipynb #f0d9bdc1
 @dataclass(frozen=True)
 class SequenceHeader:
     "What `read_trees` needs to know of an AV1 sequence header (section 5.5 of the specification)."
+
     width: int  # largest frame width, pixels
     height: int  # largest frame height, pixels
     reduced: bool  # reduced header of a still picture: every frame is a shown key frame
 
     @classmethod
-    def parse(cls,
+    def parse(
+        cls,
         payload: bytes,  # payload of a sequence header OBU
     ) -> "SequenceHeader":
         bits = Bits(payload)
         bits.read(3)  # profile
         bits.read()  # still picture
         reduced = bool(bits.read())
-        if reduced: bits.read(5)  # level
-        else: cls._skip_operating_points(bits)
+        if reduced:
+            bits.read(5)  # level
+        else:
+            cls._skip_operating_points(bits)
         width_bits, height_bits = bits.read(4) + 1, bits.read(4) + 1
         return cls(bits.read(width_bits) + 1, bits.read(height_bits) + 1, reduced)
 
@@ -231,7 +267,8 @@ class SequenceHeader:
             bits.read(64)
             if bits.read():  # equal picture interval: a number in Exp-Golomb form
                 zeros = 0
-                while not bits.read(): zeros += 1
+                while not bits.read():
+                    zeros += 1
                 bits.read(min(zeros, 32))
             if bits.read():  # decoder model info
                 delay_length = bits.read(5) + 1
@@ -239,14 +276,18 @@ class SequenceHeader:
         display_delay = bits.read()
         for _ in range(bits.read(5) + 1):
             bits.read(12)
-            if bits.read(5) > 7: bits.read()
-            if delay_length is not None and bits.read(): bits.read(2 * delay_length + 1)
-            if display_delay and bits.read(): bits.read(4)
+            if bits.read(5) > 7:
+                bits.read()
+            if delay_length is not None and bits.read():
+                bits.read(2 * delay_length + 1)
+            if display_delay and bits.read():
+                bits.read(4)
 
 # %% ../nbs/01_streams.ipynb #34a1bcaa
 @dataclass(frozen=True)
 class FrameUnit:
     "The OBUs of one frame and what the first bits of its header say."
+
     data: bytes  # OBUs with size fields, ready for the decoder
     shown_slot: int | None = None  # reference slot that is shown again, None for a frame of its own
     frame_kind: int = 0  # 0 key, 1 inter, 2 intra only, 3 switch (meaningless if shown_slot is set)
@@ -258,76 +299,109 @@ def split_frames(
     data: bytes,  # one temporal unit
     sequence: SequenceHeader | None = None,  # sequence header in force so far
 ) -> list[FrameUnit]:  # frames in coding order
-    "Cut a temporal unit into frames. Raises `ValueError` if it is damaged or holds no sequence header when one is needed."
+    """Cut a temporal unit into frames.
+
+    Raises `ValueError` if it is damaged or holds no sequence header when one is needed.
+    """
     groups, before = [], []
     for obu in split_obus(data):
-        if obu.kind == TILE_LIST: raise ValueError("large-scale tile streams cannot be read")
+        if obu.kind == TILE_LIST:
+            raise ValueError("large-scale tile streams cannot be read")
         if obu.kind in (FRAME_HEADER, FRAME):
             groups.append([*before, obu])
             before = []
-        elif obu.kind in (TILE_GROUP, REDUNDANT_FRAME_HEADER, PADDING) and groups: groups[-1].append(obu)
-        else: before.append(obu)
-    if groups: groups[-1] += before
+        elif obu.kind in (TILE_GROUP, REDUNDANT_FRAME_HEADER, PADDING) and groups:
+            groups[-1].append(obu)
+        else:
+            before.append(obu)
+    if groups:
+        groups[-1] += before
     frames = []
     for group in groups:
-        sequence = next((SequenceHeader.parse(o.payload) for o in reversed(group) if o.kind == SEQUENCE_HEADER), sequence)
-        if sequence is None: raise ValueError("no sequence header comes before the first frame")
+        sequence = next(
+            (SequenceHeader.parse(o.payload) for o in reversed(group) if o.kind == SEQUENCE_HEADER),
+            sequence,
+        )
+        if sequence is None:
+            raise ValueError("no sequence header comes before the first frame")
         bits = Bits(next(o.payload for o in group if o.kind in (FRAME_HEADER, FRAME)))
-        if sequence.reduced: header = (None, 0, True)
-        elif bits.read(): header = (bits.read(3), 0, True)
-        else: header = (None, bits.read(2), bool(bits.read()))
+        if sequence.reduced:
+            header = (None, 0, True)
+        elif bits.read():
+            header = (bits.read(3), 0, True)
+        else:
+            header = (None, bits.read(2), bool(bits.read()))
         frames.append(FrameUnit(b"".join(o.coded for o in group), *header, sequence))
     return frames
 
 # %% ../nbs/01_streams.ipynb #37d59aea
 def _ivf_units(path, file):
     head = file.read(32)
-    if len(head) < 32: raise StreamError(f"{path} is cut off: it ends inside the IVF file header.")
+    if len(head) < 32:
+        raise StreamError(f"{path} is cut off: it ends inside the IVF file header.")
     fourcc, length = head[8:12], int.from_bytes(head[24:28], "little")
-    if fourcc != b"AV01": raise StreamError(f"{path} is an IVF file with the codec {fourcc.decode('latin-1')!r}, not an AV1 stream.")
+    if fourcc != b"AV01":
+        raise StreamError(
+            f"{path} is an IVF file with the codec {fourcc.decode('latin-1')!r}, not an AV1 stream."
+        )
     file.seek(int.from_bytes(head[6:8], "little"))
     number, last = 0, -1
     while head := file.read(12):
         size = int.from_bytes(head[:4], "little")
         data = file.read(size) if len(head) == 12 else b""
-        if len(head) < 12 or len(data) < size: raise StreamError(f"{path} is cut off in packet {number}; copy or encode it again.")
+        if len(head) < 12 or len(data) < size:
+            raise StreamError(f"{path} is cut off in packet {number}; copy or encode it again.")
         last = int.from_bytes(head[4:], "little")
         yield data
         number += 1
-    # the field is the number of packets for libaom, the duration for FFmpeg; only where both readings miss something is it a fault
+    # the field is the number of packets for libaom, the duration for FFmpeg; only where both
+    # readings miss something is it a fault
     if 0 < length < 2**31 and number < length and last + 1 < length:
-        raise StreamError(f"{path} is cut off: its header announces {length} packets, {number} are there; copy or encode it again.")
+        raise StreamError(
+            f"{path} is cut off: its header announces {length} packets, {number} are there; copy or"
+            " encode it again."
+        )
 
 
 def _annexb_units(data):
-    "Temporal units of an Annex B file, rewritten with size fields. Raises `ValueError` where the sizes do not fit."
+    """Temporal units of an Annex B file, rewritten with size fields.
+
+    Raises `ValueError` where the sizes do not fit.
+    """
     position = 0
     while position < len(data):
         size, position = read_leb128(data, position)
         end_of_unit = position + size
-        if end_of_unit > len(data): raise ValueError("it is cut off inside a temporal unit")
+        if end_of_unit > len(data):
+            raise ValueError("it is cut off inside a temporal unit")
         unit = []
         while position < end_of_unit:
             size, position = read_leb128(data, position)
             end_of_frame = position + size
-            if end_of_frame > end_of_unit: raise ValueError("a frame unit is longer than its temporal unit")
+            if end_of_frame > end_of_unit:
+                raise ValueError("a frame unit is longer than its temporal unit")
             while position < end_of_frame:
                 size, position = read_leb128(data, position)
-                if position + size > end_of_frame: raise ValueError("an OBU is longer than its frame unit")
-                unit += split_obus(data[position:position + size], sized=False)
+                if position + size > end_of_frame:
+                    raise ValueError("an OBU is longer than its frame unit")
+                unit += split_obus(data[position : position + size], sized=False)
                 position += size
-        if not unit or unit[0].kind != TEMPORAL_DELIMITER: raise ValueError("a temporal unit does not begin with a delimiter")
+        if not unit or unit[0].kind != TEMPORAL_DELIMITER:
+            raise ValueError("a temporal unit does not begin with a delimiter")
         yield b"".join(o.coded for o in unit)
 
 
 def _is_annexb(data):
-    "A first temporal unit that begins with a temporal delimiter, its three sizes nested as Annex B asks."
+    """A first temporal unit that begins with a temporal delimiter, its three sizes nested as Annex
+    B asks.
+    """
     try:
         unit, position = read_leb128(data)
         frame, position = read_leb128(data, position)
         obu, position = read_leb128(data, position)
-    except ValueError: return False
-    return unit > frame >= obu > 0 and data[position:position + 1] in (b"\x10", b"\x12")
+    except ValueError:
+        return False
+    return unit > frame >= obu > 0 and data[position : position + 1] in (b"\x10", b"\x12")
 
 
 def _section5_units(data):
@@ -337,28 +411,35 @@ def _section5_units(data):
             yield b"".join(o.coded for o in unit)
             unit = []
         unit.append(obu)
-    if unit: yield b"".join(o.coded for o in unit)
+    if unit:
+        yield b"".join(o.coded for o in unit)
 
 
 def _announced_end(head, file):
-    "Position at which a Matroska or MP4 file says that it ends; 0 if it does not say. FFmpeg ends such a file early without a word."
+    """Position at which a Matroska or MP4 file says that it ends; 0 if it does not say.
+
+    FFmpeg ends such a file early without a word.
+    """
     if head[4:8] == b"ftyp":
         file.seek(0)
         end = 0
         while len(box := file.read(16)) >= 8:
             size = int.from_bytes(box[8:16] if box[:4] == b"\0\0\0\1" else box[:4], "big")
-            if size < 8: break  # 0: reaches to the end of the file
+            if size < 8:
+                break  # 0: reaches to the end of the file
             end += size
             file.seek(end)
         return end
     position = 0
     for identifier in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # EBML header, segment
-        if head[position:position + 4] != identifier or len(head) < position + 5: return 0
+        if head[position : position + 4] != identifier or len(head) < position + 5:
+            return 0
         length = 9 - head[position + 4].bit_length()  # bytes of the size field
-        bits, position = head[position + 4:position + 4 + length], position + 4 + length
+        bits, position = head[position + 4 : position + 4 + length], position + 4 + length
         unknown = (1 << 7 * length) - 1
         size = int.from_bytes(bits, "big") & unknown
-        if size == unknown: return 0
+        if size == unknown:
+            return 0
         position += size
     return position
 
@@ -369,57 +450,126 @@ def _demuxed_units(path):
             known = [s for s in container.streams if s.codec_context is not None]
             found = [s for s in known if s.codec_context.codec.canonical_name == "av1"]
             if not found:
-                others = ", ".join(s.codec_context.codec.canonical_name for s in known) or "nothing that is known"
+                others = (
+                    ", ".join(s.codec_context.codec.canonical_name for s in known)
+                    or "nothing that is known"
+                )
                 raise StreamError(f"{path} holds no AV1 video (it holds {others}).")
             main = [s for s in found if s.disposition & av.stream.Disposition.default] or found
             if len(main) > 1 and main is found:
-                raise StreamError(f"{path} holds {len(found)} AV1 pictures and does not say which one to take (a grid of tiles?).")
+                raise StreamError(
+                    f"{path} holds {len(found)} AV1 pictures and does not say which one to take (a"
+                    " grid of tiles?)."
+                )
             extra = bytes(main[0].codec_context.extradata or b"")
             setup = extra[4:] if extra[:1] == b"\x81" else b""  # OBUs of the av1C record
             for number, packet in enumerate(container.demux(main[0])):
-                if not packet.size: continue
-                if packet.is_corrupt: raise StreamError(f"{path} is damaged or cut off in packet {number}; copy or encode it again.")
+                if not packet.size:
+                    continue
+                if packet.is_corrupt:
+                    raise StreamError(
+                        f"{path} is damaged or cut off in packet {number}; copy or encode it again."
+                    )
                 data = bytes(packet)
-                if setup and number == 0 and not any(o.kind == SEQUENCE_HEADER for o in split_obus(data)): data = setup + data
+                if (
+                    setup
+                    and number == 0
+                    and not any(o.kind == SEQUENCE_HEADER for o in split_obus(data))
+                ):
+                    data = setup + data
                 yield data
-    except StreamError: raise
+    except StreamError:
+        raise
     except av.error.FFmpegError as error:
-        raise StreamError(f"{path} cannot be demuxed: {error.strerror}. The file is damaged or cut off.") from error
-    except ValueError as error: raise StreamError(f"{path} is damaged: {error}.") from error
+        raise StreamError(
+            f"{path} cannot be demuxed: {error.strerror}. The file is damaged or cut off."
+        ) from error
+    except ValueError as error:
+        raise StreamError(f"{path} is damaged: {error}.") from error
 
 
 def temporal_units(
     path: str | os.PathLike,  # IVF, OBU (Section 5 or Annex B), WebM, Matroska, MP4 or AVIF file
 ) -> Iterator[bytes]:  # one packet after the other: OBUs with size fields
-    "Packets of an AV1 file. Raises `FileNotFoundError`, or `StreamError` for a file that is empty, cut off or not AV1."
+    """Packets of an AV1 file.
+
+    Raises `FileNotFoundError`, or `StreamError` for a file that is empty, cut off or not AV1.
+    """
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} does not exist or is not a file.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file.")
     with open(path, "rb") as file:
         magic = file.read(64)
-        if not magic: raise StreamError(f"{path} is empty.")
+        if not magic:
+            raise StreamError(f"{path} is empty.")
         file.seek(0)
-        if magic[:4] == b"DKIF": yield from _ivf_units(path, file)
+        if magic[:4] == b"DKIF":
+            yield from _ivf_units(path, file)
         elif magic[:4] == b"\x1a\x45\xdf\xa3" or magic[4:8] == b"ftyp":
             end, size = _announced_end(magic, file), path.stat().st_size
-            if end > size: raise StreamError(f"{path} is cut off: it has {size} bytes and announces {end}; copy or encode it again.")
+            if end > size:
+                raise StreamError(
+                    f"{path} is cut off: it has {size} bytes and announces {end}; copy or encode it"
+                    " again."
+                )
             yield from _demuxed_units(path)
         elif magic[:2] == b"\x12\x00" or _is_annexb(magic) or magic[:1] == b"\x0a":
-            reader = _section5_units if magic[:2] == b"\x12\x00" or not _is_annexb(magic) else _annexb_units
-            try: yield from reader(file.read())
-            except ValueError as error: raise StreamError(f"{path} is damaged: {error}.") from error
-        else: raise StreamError(f"{path} is not an AV1 stream: it is neither IVF, OBU, WebM, Matroska, MP4 nor AVIF.")
+            reader = (
+                _section5_units
+                if magic[:2] == b"\x12\x00" or not _is_annexb(magic)
+                else _annexb_units
+            )
+            try:
+                yield from reader(file.read())
+            except ValueError as error:
+                raise StreamError(f"{path} is damaged: {error}.") from error
+        else:
+            raise StreamError(
+                f"{path} is not an AV1 stream: it is neither IVF, OBU, WebM, Matroska, MP4 nor"
+                " AVIF."
+            )
 
 # %% ../nbs/01_streams.ipynb #d8f327a0
 class _Context(ctypes.Structure):  # aom_codec_ctx_t
-    _fields_ = [("name", ctypes.c_char_p), ("iface", ctypes.c_void_p), ("err", ctypes.c_int), ("err_detail", ctypes.c_char_p),
-                ("init_flags", ctypes.c_long), ("config", ctypes.c_void_p), ("priv", ctypes.c_void_p), ("spare", ctypes.c_byte * 256)]
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("iface", ctypes.c_void_p),
+        ("err", ctypes.c_int),
+        ("err_detail", ctypes.c_char_p),
+        ("init_flags", ctypes.c_long),
+        ("config", ctypes.c_void_p),
+        ("priv", ctypes.c_void_p),
+        ("spare", ctypes.c_byte * 256),
+    ]
 
 
 class _Image(ctypes.Structure):  # aom_image_t
-    _fields_ = [(name, ctypes.c_uint) for name in (
-        "fmt", "cp", "tc", "mc", "monochrome", "csp", "range", "w", "h", "bit_depth", "d_w", "d_h", "r_w", "r_h",
-        "x_chroma_shift", "y_chroma_shift")]
-    _fields_ += [("planes", ctypes.c_void_p * 3), ("stride", ctypes.c_int * 3), ("spare", ctypes.c_byte * 512)]
+    _fields_ = [
+        (name, ctypes.c_uint)
+        for name in (
+            "fmt",
+            "cp",
+            "tc",
+            "mc",
+            "monochrome",
+            "csp",
+            "range",
+            "w",
+            "h",
+            "bit_depth",
+            "d_w",
+            "d_h",
+            "r_w",
+            "r_h",
+            "x_chroma_shift",
+            "y_chroma_shift",
+        )
+    ]
+    _fields_ += [
+        ("planes", ctypes.c_void_p * 3),
+        ("stride", ctypes.c_int * 3),
+        ("spare", ctypes.c_byte * 512),
+    ]
 
 
 class _Reference(ctypes.Structure):  # av1_ref_frame_t
@@ -431,8 +581,15 @@ class _Buffer(ctypes.Structure):  # aom_fixed_buf_t
 
 
 class _FramePacket(ctypes.Structure):
-    _fields_ = [("buf", ctypes.c_void_p), ("sz", ctypes.c_size_t), ("pts", ctypes.c_int64), ("duration", ctypes.c_ulong),
-                ("flags", ctypes.c_uint32), ("partition_id", ctypes.c_int), ("vis_frame_size", ctypes.c_size_t)]
+    _fields_ = [
+        ("buf", ctypes.c_void_p),
+        ("sz", ctypes.c_size_t),
+        ("pts", ctypes.c_int64),
+        ("duration", ctypes.c_ulong),
+        ("flags", ctypes.c_uint32),
+        ("partition_id", ctypes.c_int),
+        ("vis_frame_size", ctypes.c_size_t),
+    ]
 
 
 class _PacketData(ctypes.Union):
@@ -444,195 +601,421 @@ class _Packet(ctypes.Structure):  # aom_codec_cx_pkt_t
 
 
 class _EncoderConfig(ctypes.Structure):  # aom_codec_enc_cfg_t
-    _fields_ = [(name, ctypes.c_uint) for name in (
-        "g_usage", "g_threads", "g_profile", "g_w", "g_h", "g_limit", "g_forced_max_frame_width", "g_forced_max_frame_height",
-        "g_bit_depth", "g_input_bit_depth", "g_timebase_num", "g_timebase_den", "g_error_resilient", "g_pass", "g_lag_in_frames",
-        "rc_dropframe_thresh",
-        "rc_resize_mode", "rc_resize_denominator", "rc_resize_kf_denominator", "rc_superres_mode", "rc_superres_denominator",
-        "rc_superres_kf_denominator", "rc_superres_qthresh", "rc_superres_kf_qthresh", "rc_end_usage")]
+    _fields_ = [
+        (name, ctypes.c_uint)
+        for name in (
+            "g_usage",
+            "g_threads",
+            "g_profile",
+            "g_w",
+            "g_h",
+            "g_limit",
+            "g_forced_max_frame_width",
+            "g_forced_max_frame_height",
+            "g_bit_depth",
+            "g_input_bit_depth",
+            "g_timebase_num",
+            "g_timebase_den",
+            "g_error_resilient",
+            "g_pass",
+            "g_lag_in_frames",
+            "rc_dropframe_thresh",
+            "rc_resize_mode",
+            "rc_resize_denominator",
+            "rc_resize_kf_denominator",
+            "rc_superres_mode",
+            "rc_superres_denominator",
+            "rc_superres_kf_denominator",
+            "rc_superres_qthresh",
+            "rc_superres_kf_qthresh",
+            "rc_end_usage",
+        )
+    ]
     _fields_ += [("rc_twopass_stats_in", _Buffer), ("rc_firstpass_mb_stats_in", _Buffer)]
-    _fields_ += [(name, ctypes.c_uint) for name in (
-        "rc_target_bitrate", "rc_min_quantizer", "rc_max_quantizer", "rc_undershoot_pct", "rc_overshoot_pct", "rc_buf_sz",
-        "rc_buf_initial_sz", "rc_buf_optimal_sz", "rc_2pass_vbr_bias_pct", "rc_2pass_vbr_minsection_pct", "rc_2pass_vbr_maxsection_pct",
-        "fwd_kf_enabled", "kf_mode", "kf_min_dist", "kf_max_dist", "sframe_dist", "sframe_mode", "large_scale_tile", "monochrome",
-        "full_still_picture_hdr", "save_as_annexb")]
+    _fields_ += [
+        (name, ctypes.c_uint)
+        for name in (
+            "rc_target_bitrate",
+            "rc_min_quantizer",
+            "rc_max_quantizer",
+            "rc_undershoot_pct",
+            "rc_overshoot_pct",
+            "rc_buf_sz",
+            "rc_buf_initial_sz",
+            "rc_buf_optimal_sz",
+            "rc_2pass_vbr_bias_pct",
+            "rc_2pass_vbr_minsection_pct",
+            "rc_2pass_vbr_maxsection_pct",
+            "fwd_kf_enabled",
+            "kf_mode",
+            "kf_min_dist",
+            "kf_max_dist",
+            "sframe_dist",
+            "sframe_mode",
+            "large_scale_tile",
+            "monochrome",
+            "full_still_picture_hdr",
+            "save_as_annexb",
+        )
+    ]
     _fields_ += [("spare", ctypes.c_byte * 8192)]
 
 # %% ../nbs/01_streams.ipynb #70ef4f06
 def find_libaom(
     path: str | os.PathLike | None = None,  # shared library to use; None looks for one
 ) -> tuple[Path | str, str]:  # what to load and where it was found
-    """First of: `path`, the environment variable AV1NB_LIBAOM, the library in the imagecodecs wheel, the system's libaom.
+    """First of: `path`, the environment variable AV1NB_LIBAOM, the library in the imagecodecs
+    wheel, the system's libaom.
 
-    Raises `LibaomError` if there is none, and for a named file that does not exist."""
-    for candidate, source in ((path, "given path"), (os.environ.get("AV1NB_LIBAOM") or None, "environment variable AV1NB_LIBAOM")):
-        if candidate is None: continue
-        if not Path(candidate).is_file(): raise LibaomError(f"There is no libaom library at {candidate} ({source}).")
+    Raises `LibaomError` if there is none, and for a named file that does not exist.
+    """
+    for candidate, source in (
+        (path, "given path"),
+        (os.environ.get("AV1NB_LIBAOM") or None, "environment variable AV1NB_LIBAOM"),
+    ):
+        if candidate is None:
+            continue
+        if not Path(candidate).is_file():
+            raise LibaomError(f"There is no libaom library at {candidate} ({source}).")
         return Path(candidate).resolve(), source
-    try: files = importlib.metadata.files("imagecodecs") or []
-    except importlib.metadata.PackageNotFoundError: files = []
+    try:
+        files = importlib.metadata.files("imagecodecs") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
     for file in files:  # beside the package on Linux, in a folder .dylibs of it on macOS
-        if re.fullmatch(r"imagecodecs(\.libs|/\.dylibs)/(lib)?aom[-.].*", str(file).replace("\\", "/")):
-            if (found := Path(file.locate()).resolve()).is_file(): return found, "imagecodecs wheel"
-    if name := find_library("aom"): return name, "system"
-    raise LibaomError("No libaom library was found: install the Python package imagecodecs (pip install imagecodecs) or the system's "
-                      "libaom, or name a library file in the environment variable AV1NB_LIBAOM.")
+        if re.fullmatch(
+            r"imagecodecs(\.libs|/\.dylibs)/(lib)?aom[-.].*", str(file).replace("\\", "/")
+        ):
+            if (found := Path(file.locate()).resolve()).is_file():
+                return found, "imagecodecs wheel"
+    if name := find_library("aom"):
+        return name, "system"
+    raise LibaomError(
+        "No libaom library was found: install the Python package imagecodecs (pip install"
+        " imagecodecs) or the system's libaom, or name a library file in the environment variable"
+        " AV1NB_LIBAOM."
+    )
 
 # %% ../nbs/01_streams.ipynb #955d9f7e
 _ABI_MISMATCH = 3
 
 
 class Libaom:
-    "One loaded libaom. Use `load_libaom`, which also checks that its answers are the expected ones."
+    """One loaded libaom.
 
-    def __init__(self,
+    Use `load_libaom`, which also checks that its answers are the expected ones.
+    """
+
+    def __init__(
+        self,
         path: str | os.PathLike,  # shared library
         source: str = "given path",  # how it was found, for messages
     ):
         self.path, self.source = path, source
-        try: self._lib = ctypes.CDLL(os.fspath(self.path))
-        except OSError as error: raise LibaomError(f"{self.path} cannot be loaded as a shared library: {error}.") from error
-        context, address, text, number = ctypes.POINTER(_Context), ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
+        try:
+            self._lib = ctypes.CDLL(os.fspath(self.path))
+        except OSError as error:
+            raise LibaomError(
+                f"{self.path} cannot be loaded as a shared library: {error}."
+            ) from error
+        context, address, text, number = (
+            ctypes.POINTER(_Context),
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_int,
+        )
         self._bind("aom_codec_version_str", text)
         self.version = self.aom_codec_version_str().decode().lstrip("v")
         self._bind("aom_codec_av1_dx", address)
-        self._bind("aom_codec_dec_init_ver", number, context, address, address, ctypes.c_long, number)
+        self._bind(
+            "aom_codec_dec_init_ver", number, context, address, address, ctypes.c_long, number
+        )
         self._bind("aom_codec_decode", number, context, text, ctypes.c_size_t, address)
         self._bind("aom_codec_get_frame", ctypes.POINTER(_Image), context, ctypes.POINTER(address))
         self._bind("aom_codec_control", number, context, number)
         self._bind("aom_codec_destroy", number, context)
         self._bind("aom_codec_err_to_string", text, number)
         self._bind("aom_codec_error_detail", text, context)
-        self.decoder_abi = self._find_abi("decoder", self.aom_codec_dec_init_ver, self.aom_codec_av1_dx())
+        self.decoder_abi = self._find_abi(
+            "decoder", self.aom_codec_dec_init_ver, self.aom_codec_av1_dx()
+        )
         self.control_address = ctypes.cast(self.aom_codec_control, address).value
-        self.encoder_abi = None  # found when an encoder is first wanted: a library may be without one
+        # found when an encoder is first wanted: a library may be without one
+        self.encoder_abi = None
 
     def _bind(self, name, result, *arguments):
-        try: function = getattr(self._lib, name)
+        try:
+            function = getattr(self._lib, name)
         except AttributeError:
-            raise LibaomError(f"{self.path} has no function {name}: it is not libaom, or was built without that part.") from None
+            raise LibaomError(
+                f"{self.path} has no function {name}: it is not libaom, or was built without that"
+                " part."
+            ) from None
         function.restype, function.argtypes = result, arguments
         setattr(self, name, function)
 
     def _find_abi(self, what, init, iface, config=None):
         for version in range(1, 128):
             context = _Context()
-            code = init(ctypes.byref(context), iface, ctypes.byref(config) if config else None, 0, version)
-            if code == 0: self.aom_codec_destroy(ctypes.byref(context))
-            if code != _ABI_MISMATCH: return version
-        raise LibaomError(f"{self.name} is not supported: it accepts none of the {what} ABI versions 1 to 127.")
+            code = init(
+                ctypes.byref(context), iface, ctypes.byref(config) if config else None, 0, version
+            )
+            if code == 0:
+                self.aom_codec_destroy(ctypes.byref(context))
+            if code != _ABI_MISMATCH:
+                return version
+        raise LibaomError(
+            f"{self.name} is not supported: it accepts none of the {what} ABI versions 1 to 127."
+        )
 
     def bind_encoder(self):
-        "Bind the encoder's functions and check the layout of its configuration. Raises `LibaomError` if it is not the expected one."
-        if self.encoder_abi is not None: return
-        context, address, text, number = ctypes.POINTER(_Context), ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
+        """Bind the encoder's functions and check the layout of its configuration.
+
+        Raises `LibaomError` if it is not the expected one.
+        """
+        if self.encoder_abi is not None:
+            return
+        context, address, text, number = (
+            ctypes.POINTER(_Context),
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_int,
+        )
         self._bind("aom_codec_av1_cx", address)
-        self._bind("aom_codec_enc_config_default", number, address, ctypes.POINTER(_EncoderConfig), ctypes.c_uint)
-        self._bind("aom_codec_enc_init_ver", number, context, address, ctypes.POINTER(_EncoderConfig), ctypes.c_long, number)
+        self._bind(
+            "aom_codec_enc_config_default",
+            number,
+            address,
+            ctypes.POINTER(_EncoderConfig),
+            ctypes.c_uint,
+        )
+        self._bind(
+            "aom_codec_enc_init_ver",
+            number,
+            context,
+            address,
+            ctypes.POINTER(_EncoderConfig),
+            ctypes.c_long,
+            number,
+        )
         self._bind("aom_codec_set_option", number, context, text, text)
-        self._bind("aom_codec_encode", number, context, ctypes.POINTER(_Image), ctypes.c_int64, ctypes.c_ulong, ctypes.c_long)
-        self._bind("aom_codec_get_cx_data", ctypes.POINTER(_Packet), context, ctypes.POINTER(address))
-        self._bind("aom_img_alloc", ctypes.POINTER(_Image), address, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint)
+        self._bind(
+            "aom_codec_encode",
+            number,
+            context,
+            ctypes.POINTER(_Image),
+            ctypes.c_int64,
+            ctypes.c_ulong,
+            ctypes.c_long,
+        )
+        self._bind(
+            "aom_codec_get_cx_data", ctypes.POINTER(_Packet), context, ctypes.POINTER(address)
+        )
+        self._bind(
+            "aom_img_alloc",
+            ctypes.POINTER(_Image),
+            address,
+            ctypes.c_uint,
+            ctypes.c_uint,
+            ctypes.c_uint,
+            ctypes.c_uint,
+        )
         self._bind("aom_img_free", None, ctypes.POINTER(_Image))
         config = self.default_config(0)
-        self.encoder_abi = self._find_abi("encoder", self.aom_codec_enc_init_ver, self.aom_codec_av1_cx(), config)
+        self.encoder_abi = self._find_abi(
+            "encoder", self.aom_codec_enc_init_ver, self.aom_codec_av1_cx(), config
+        )
 
-    def default_config(self,
+    def default_config(
+        self,
         usage: int,  # 0 good quality, 2 all intra
     ) -> _EncoderConfig:  # libaom's own defaults
         "Default configuration of the encoder, checked field by field where the value is known."
         config = _EncoderConfig()
-        if code := self.aom_codec_enc_config_default(self.aom_codec_av1_cx(), ctypes.byref(config), usage):
-            raise LibaomError(f"{self.name} has no default configuration for usage {usage}: {self.error_text(code)}.")
+        if code := self.aom_codec_enc_config_default(
+            self.aom_codec_av1_cx(), ctypes.byref(config), usage
+        ):
+            raise LibaomError(
+                f"{self.name} has no default configuration for usage {usage}:"
+                f" {self.error_text(code)}."
+            )
         expected = dict(
-            g_usage=usage, g_w=320, g_h=240, g_bit_depth=8, g_input_bit_depth=8, g_timebase_num=1, g_timebase_den=30,
-            rc_resize_denominator=8, rc_superres_denominator=8, rc_superres_qthresh=63, rc_superres_kf_qthresh=32,
-            rc_end_usage=3 if usage == 2 else 0, rc_min_quantizer=0, rc_max_quantizer=63,
-            kf_min_dist=0, kf_max_dist=0 if usage == 2 else 9999, monochrome=0, full_still_picture_hdr=0, save_as_annexb=0)
+            g_usage=usage,
+            g_w=320,
+            g_h=240,
+            g_bit_depth=8,
+            g_input_bit_depth=8,
+            g_timebase_num=1,
+            g_timebase_den=30,
+            rc_resize_denominator=8,
+            rc_superres_denominator=8,
+            rc_superres_qthresh=63,
+            rc_superres_kf_qthresh=32,
+            rc_end_usage=3 if usage == 2 else 0,
+            rc_min_quantizer=0,
+            rc_max_quantizer=63,
+            kf_min_dist=0,
+            kf_max_dist=0 if usage == 2 else 9999,
+            monochrome=0,
+            full_still_picture_hdr=0,
+            save_as_annexb=0,
+        )
         for field_name, value in expected.items():
             if (found := getattr(config, field_name)) != value:
-                raise LibaomError(f"{self.name} is not supported for encoding: "
-                                  f"its configuration has {found} where {field_name} = {value} is expected.")
+                raise LibaomError(
+                    f"{self.name} is not supported for encoding: "
+                    f"its configuration has {found} where {field_name} = {value} is expected."
+                )
         return config
 
-    def error_text(self,
+    def error_text(
+        self,
         code: int,  # return value of a libaom function
         context: _Context | None = None,  # where the error happened, for its detail
     ) -> str:  # libaom's own words
         detail = self.aom_codec_error_detail(ctypes.byref(context)) if context is not None else None
-        return self.aom_codec_err_to_string(code).decode() + (f" ({detail.decode(errors='replace').strip()})" if detail else "")
+        return self.aom_codec_err_to_string(code).decode() + (
+            f" ({detail.decode(errors='replace').strip()})" if detail else ""
+        )
 
     @property
     def name(self) -> str:  # release and file, for messages
         return f"libaom {self.version} ({self.path})"
 
-    def __repr__(self): return f"Libaom({self.version}, {self.source}: {self.path})"
+    def __repr__(self):
+        return f"Libaom({self.version}, {self.source}: {self.path})"
 
 # %% ../nbs/01_streams.ipynb #138c8213
 @intrinsic
 def _control_mi(typingctx, function, context, control, row, column, target):
-    "int32 aom_codec_control(context, control, row, column, target) at the address `function`, called as the variadic function it is."
+    """int32 aom_codec_control(context, control, row, column, target) at the address `function`,
+    called as the variadic function it is.
+    """
+
     def codegen(_, builder, signature, arguments):
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         variadic = ir.FunctionType(number, [pointer, number], var_arg=True)
         function, context, control, row, column, target = arguments
         call = builder.inttoptr(function, variadic.as_pointer())
-        return builder.call(call, [builder.inttoptr(context, pointer), control, row, column, builder.inttoptr(target, pointer)])
+        return builder.call(
+            call,
+            [
+                builder.inttoptr(context, pointer),
+                control,
+                row,
+                column,
+                builder.inttoptr(target, pointer),
+            ],
+        )
 
-    return numba.int32(numba.int64, numba.int64, numba.int32, numba.int32, numba.int32, numba.int64), codegen
+    return (
+        numba.int32(numba.int64, numba.int64, numba.int32, numba.int32, numba.int32, numba.int64),
+        codegen,
+    )
 
 
 def compiled(
     function,  # of numbers and arrays, as numba takes them
 ):
-    "The function compiled by numba, once for all processes where there is a folder for the result, else once in each."
-    try: return numba.njit(cache=True)(function)
-    except RuntimeError: return numba.njit(function)  # numba's word for "neither the package nor the user's cache folder can be written"
+    """The function compiled by numba, once for all processes where there is a folder for the
+    result, else once in each.
+    """
+    try:
+        return numba.njit(cache=True)(function)
+    # numba's word for "neither the package nor the user's cache folder can be written"
+    except RuntimeError:
+        return numba.njit(function)
 
 
 @compiled
-def _walk_leaves(function, context, control, record, address, block_height, block_width, block_size, partition, qindex):
-    "Fill the three mi arrays from one query per block. Returns (0, blocks, 0), or (what is wrong, row, column)."
+def _walk_leaves(
+    function,
+    context,
+    control,
+    record,
+    address,
+    block_height,
+    block_width,
+    block_size,
+    partition,
+    qindex,
+):
+    """Fill the three mi arrays from one query per block.
+
+    Returns (0, blocks, 0), or (what is wrong, row, column).
+    """
     rows, columns = block_size.shape
     quantiser = record.view(np.int32)
     leaves = 0
     for row in range(rows):
         for column in range(columns):
-            if block_size[row, column] != 255: continue
-            code = _control_mi(function, context, numba.int32(control), numba.int32(row), numba.int32(column), address)
-            if code != 0: return 1, row, column
+            if block_size[row, column] != 255:
+                continue
+            code = _control_mi(
+                function,
+                context,
+                numba.int32(control),
+                numba.int32(row),
+                numba.int32(column),
+                address,
+            )
+            if code != 0:
+                return 1, row, column
             size, kind, quality = record[0], record[1], quantiser[1]
-            if size > 21 or kind > 9 or quality < 0 or quality > 255: return 2, row, column
-            bottom, right = min(rows, row + block_height[size]), min(columns, column + block_width[size])
+            if size > 21 or kind > 9 or quality < 0 or quality > 255:
+                return 2, row, column
+            bottom, right = min(rows, row + block_height[size]), min(
+                columns, column + block_width[size]
+            )
             for r in range(row, bottom):
                 for c in range(column, right):
-                    if block_size[r, c] != 255: return 3, r, c
+                    if block_size[r, c] != 255:
+                        return 3, r, c
                     block_size[r, c], partition[r, c], qindex[r, c] = size, kind, quality
             leaves += 1
     return 0, leaves, 0
 
 # %% ../nbs/01_streams.ipynb #6fd9b796
-_GET_REFERENCE, _GET_REF_UPDATES, _GET_CORRUPTED, _GET_FRAME_SIZE, _GET_BIT_DEPTH = 230, 256, 257, 259, 261
-_SKIP_FILM_GRAIN, _GET_SB_SIZE, _GET_BASE_QINDEX, _GET_ORDER_HINT, _GET_MI_INFO = 282, 289, 293, 294, 295
+_GET_REFERENCE, _GET_REF_UPDATES, _GET_CORRUPTED, _GET_FRAME_SIZE, _GET_BIT_DEPTH = (
+    230,
+    256,
+    257,
+    259,
+    261,
+)
+_SKIP_FILM_GRAIN, _GET_SB_SIZE, _GET_BASE_QINDEX, _GET_ORDER_HINT, _GET_MI_INFO = (
+    282,
+    289,
+    293,
+    294,
+    295,
+)
 _HIGH_BIT_DEPTH = 0x800  # bit of an image format: two bytes a sample
 _MI_HEIGHT, _MI_WIDTH = (np.asarray(a, np.int64) // 4 for a in (BLOCK_HEIGHT, BLOCK_WIDTH))
 
 
 class _Decoder:
-    "A decoder of libaom as a context manager; its errors are `ValueError`s that name neither file nor frame."
+    """A decoder of libaom as a context manager; its errors are `ValueError`s that name neither file
+    nor frame.
+    """
 
     def __init__(self, libaom, threads=1, film_grain=True):
         self.libaom, self.context = libaom, _Context()
         config = (ctypes.c_uint * 16)(threads, 0, 0, 1)  # threads, width, height, allow_lowbitdepth
         context, iface = ctypes.byref(self.context), libaom.aom_codec_av1_dx()
-        if code := libaom.aom_codec_dec_init_ver(context, iface, ctypes.byref(config), 0, libaom.decoder_abi):
+        if code := libaom.aom_codec_dec_init_ver(
+            context, iface, ctypes.byref(config), 0, libaom.decoder_abi
+        ):
             raise LibaomError(f"{libaom.name} cannot start a decoder: {libaom.error_text(code)}.")
-        if not film_grain: libaom.aom_codec_control(context, _SKIP_FILM_GRAIN, ctypes.c_int(1))
+        if not film_grain:
+            libaom.aom_codec_control(context, _SKIP_FILM_GRAIN, ctypes.c_int(1))
         self.record = np.zeros(4096, np.uint8)
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
-    def __exit__(self, *_): self.libaom.aom_codec_destroy(ctypes.byref(self.context))
+    def __exit__(self, *_):
+        self.libaom.aom_codec_destroy(ctypes.byref(self.context))
 
     def decode(self, data):
         "Decode the OBUs of one frame; the image that it puts out, or None."
@@ -640,38 +1023,82 @@ class _Decoder:
             raise ValueError(self.libaom.error_text(code, self.context))
         position = ctypes.c_void_p()
         image = self.libaom.aom_codec_get_frame(ctypes.byref(self.context), ctypes.byref(position))
-        if image and self.ask(_GET_CORRUPTED): raise ValueError("libaom marks the frame as corrupt")
+        if image and self.ask(_GET_CORRUPTED):
+            raise ValueError("libaom marks the frame as corrupt")
         return image.contents if image else None
 
     def ask(self, control, count=1):
         "Value of a control that fills int32 numbers."
         answer = (ctypes.c_int * 16)()
-        if code := self.libaom.aom_codec_control(ctypes.byref(self.context), control, ctypes.byref(answer)):
-            raise ValueError(f"libaom {self.libaom.version} does not answer control {control} ({self.libaom.error_text(code)})")
+        if code := self.libaom.aom_codec_control(
+            ctypes.byref(self.context), control, ctypes.byref(answer)
+        ):
+            raise ValueError(
+                f"libaom {self.libaom.version} does not answer control {control}"
+                f" ({self.libaom.error_text(code)})"
+            )
         return answer[0] if count == 1 else tuple(answer[:count])
 
     def reference(self, slot):
         "Picture in a reference slot; without film grain."
         reference = _Reference(idx=slot)
-        if code := self.libaom.aom_codec_control(ctypes.byref(self.context), _GET_REFERENCE, ctypes.byref(reference)):
-            raise ValueError(f"reference slot {slot} cannot be read: {self.libaom.error_text(code)}")
+        if code := self.libaom.aom_codec_control(
+            ctypes.byref(self.context), _GET_REFERENCE, ctypes.byref(reference)
+        ):
+            raise ValueError(
+                f"reference slot {slot} cannot be read: {self.libaom.error_text(code)}"
+            )
         return reference.img
 
     def _has_mi(self, row, column):
-        return self.libaom.aom_codec_control(ctypes.byref(self.context), _GET_MI_INFO, ctypes.c_int(row), ctypes.c_int(column),
-                                             ctypes.c_void_p(self.record.ctypes.data)) == 0
+        return (
+            self.libaom.aom_codec_control(
+                ctypes.byref(self.context),
+                _GET_MI_INFO,
+                ctypes.c_int(row),
+                ctypes.c_int(column),
+                ctypes.c_void_p(self.record.ctypes.data),
+            )
+            == 0
+        )
 
     def mi(self, width, height):
-        "Block size, partition type and qindex of every mi unit of the last frame, uint8 [mi rows, mi columns] each."
+        """Block size, partition type and qindex of every mi unit of the last frame, uint8 [mi rows,
+        mi columns] each.
+        """
         rows, columns = mi_shape(width, height)
-        if not self._has_mi(0, 0): raise ValueError(f"libaom {self.libaom.version} does not say how the frame is partitioned")
-        if not self._has_mi(rows - 1, columns - 1) or self._has_mi(rows, 0) or self._has_mi(0, columns):
-            raise ValueError(f"its blocks do not lie on a grid of {width}×{height} pixels (super-resolution is not supported)")
+        if not self._has_mi(0, 0):
+            raise ValueError(
+                f"libaom {self.libaom.version} does not say how the frame is partitioned"
+            )
+        if (
+            not self._has_mi(rows - 1, columns - 1)
+            or self._has_mi(rows, 0)
+            or self._has_mi(0, columns)
+        ):
+            raise ValueError(
+                f"its blocks do not lie on a grid of {width}×{height} pixels (super-resolution is"
+                " not supported)"
+            )
         block_size, partition, qindex = (np.full((rows, columns), 255, np.uint8) for _ in range(3))
-        wrong, row, column = _walk_leaves(self.libaom.control_address, ctypes.addressof(self.context), _GET_MI_INFO, self.record,
-                                          self.record.ctypes.data, _MI_HEIGHT, _MI_WIDTH, block_size, partition, qindex)
+        wrong, row, column = _walk_leaves(
+            self.libaom.control_address,
+            ctypes.addressof(self.context),
+            _GET_MI_INFO,
+            self.record,
+            self.record.ctypes.data,
+            _MI_HEIGHT,
+            _MI_WIDTH,
+            block_size,
+            partition,
+            qindex,
+        )
         if wrong:
-            what = {1: "is not known to libaom", 2: "has an impossible record", 3: "is covered by two blocks"}[wrong]
+            what = {
+                1: "is not known to libaom",
+                2: "has an impossible record",
+                3: "is covered by two blocks",
+            }[wrong]
             raise ValueError(f"the block at row {4 * row}, column {4 * column} {what}")
         return block_size, partition, qindex
 
@@ -680,15 +1107,22 @@ def _luma(image):
     "Luma plane of an image of libaom, copied as uint16 [height, width]."
     height, width, stride = image.d_h, image.d_w, image.stride[0]
     dtype = np.dtype(np.uint16 if image.fmt & _HIGH_BIT_DEPTH else np.uint8)
-    memory = (ctypes.c_ubyte * (stride * (height - 1) + width * dtype.itemsize)).from_address(image.planes[0])
-    return np.ndarray((height, width), dtype, memory, strides=(stride, dtype.itemsize)).astype(np.uint16)
+    memory = (ctypes.c_ubyte * (stride * (height - 1) + width * dtype.itemsize)).from_address(
+        image.planes[0]
+    )
+    return np.ndarray((height, width), dtype, memory, strides=(stride, dtype.itemsize)).astype(
+        np.uint16
+    )
 
 # %% ../nbs/01_streams.ipynb #281647fb
 @dataclass(eq=False)
 class Frame:
     "One frame of a stream: where it stands, how it was partitioned, and its decoded luma."
-    index: int  # number of the picture in display order, from 0; −1 for a frame that is never put out
-    coded_index: int  # number in coding order, from 0; a repetition has that of the frame it repeats
+
+    # number of the picture in display order, from 0; −1 for a frame that is never put out
+    index: int
+    # number in coding order, from 0; a repetition has that of the frame it repeats
+    coded_index: int
     width: int  # pixels
     height: int  # pixels
     bit_depth: int  # of the stream and of `luma`: 8, 10 or 12
@@ -700,44 +1134,81 @@ class Frame:
     order_hint: int  # the stream's own picture number, modulo a power of two
     sb_size: int  # side of a superblock, 64 or 128 pixels
     base_qindex: int  # quantiser index in the frame header, 0–255
-    block_size: np.ndarray | None = field(repr=False)  # BLOCK_SIZE code of each mi unit, uint8 [mi rows, mi columns]
-    partition: np.ndarray | None = field(repr=False)  # partition type of each mi unit's block, uint8 [mi rows, mi columns]
-    qindex: np.ndarray | None = field(repr=False)  # quantiser index of each mi unit's block with its delta-q, uint8 [mi rows, mi columns]
-    luma: np.ndarray | None = field(default=None, repr=False)  # decoded luma, uint16 [height, width], 0 to 2**bit_depth − 1
+    # BLOCK_SIZE code of each mi unit, uint8 [mi rows, mi columns]
+    block_size: np.ndarray | None = field(repr=False)
+    # partition type of each mi unit's block, uint8 [mi rows, mi columns]
+    partition: np.ndarray | None = field(repr=False)
+    # quantiser index of each mi unit's block with its delta-q, uint8 [mi rows, mi columns]
+    qindex: np.ndarray | None = field(repr=False)
+    # decoded luma, uint16 [height, width], 0 to 2**bit_depth − 1
+    luma: np.ndarray | None = field(default=None, repr=False)
 
-    def nodes(self,
+    def nodes(
+        self,
         min_size: int = 8,  # smallest nodes to list, pixels
-    ) -> pd.DataFrame:  # columns frame, order_hint, frame_type, size, row, col, type, qindex; no rows for a repetition
-        "Node table of the coded tree, with the nodes at the edges of the frame; `frame` is `index`."
+        # columns frame, order_hint, frame_type, size, row, col, type, qindex; no rows for a
+        # repetition
+    ) -> pd.DataFrame:
+        """Node table of the coded tree, with the nodes at the edges of the frame; `frame` is
+        `index`.
+        """
         columns = ["frame", "order_hint", "frame_type", "size", "row", "col", "type", "qindex"]
-        if self.block_size is None: return pd.DataFrame({name: np.zeros(0, np.int64) for name in columns})
-        nodes = coded_nodes(self.block_size, self.partition, self.qindex, self.width, self.height, self.sb_size, min_size)
-        return nodes.assign(frame=self.index, order_hint=self.order_hint, frame_type=self.frame_type)[columns]
+        if self.block_size is None:
+            return pd.DataFrame({name: np.zeros(0, np.int64) for name in columns})
+        nodes = coded_nodes(
+            self.block_size,
+            self.partition,
+            self.qindex,
+            self.width,
+            self.height,
+            self.sb_size,
+            min_size,
+        )
+        return nodes.assign(
+            frame=self.index, order_hint=self.order_hint, frame_type=self.frame_type
+        )[columns]
 
 # %% ../nbs/01_streams.ipynb #dbd16eb9
-MAX_PIXELS = 2**27  # largest picture that is decoded, 16384×8192: a corrupt header could ask for more memory than there is
+# largest picture that is decoded, 16384×8192: a corrupt header could ask for more memory than there
+# is
+MAX_PIXELS = 2**27
 
 
 class Trees(Iterator):
-    "Frames of a stream, one after the other, and counts of what was met so far. Made by `read_trees`."
+    """Frames of a stream, one after the other, and counts of what was met so far.
 
-    def __init__(self,
+    Made by `read_trees`.
+    """
+
+    def __init__(
+        self,
         packets: Iterable[bytes],  # temporal units, see `temporal_units`
         name: str,  # of the stream, for messages
         libaom: Libaom,  # library that decodes
-        hidden: str = "read",  # frames that are never put out: "read" delivers them, "skip" leaves them out
+        # frames that are never put out: "read" delivers them, "skip" leaves them out
+        hidden: str = "read",
         luma: bool = True,  # copy the decoded luma
         film_grain: bool = True,  # synthesise film grain where the stream asks for it
         threads: int = 1,  # decoder threads
     ):
-        if hidden not in ("read", "skip"): raise ValueError(f'hidden is {hidden!r}; it must be "read" or "skip".')
-        if threads < 1: raise ValueError(f"threads is {threads}; it must be at least 1.")
+        if hidden not in ("read", "skip"):
+            raise ValueError(f'hidden is {hidden!r}; it must be "read" or "skip".')
+        if threads < 1:
+            raise ValueError(f"threads is {threads}; it must be at least 1.")
         self.name, self.coded, self.put_out, self.repeated, self.never_shown = name, 0, 0, 0, 0
-        self._libaom, self._hidden, self._luma, self._film_grain, self._threads = libaom, hidden, luma, film_grain, threads
-        self._slots, self._pending = {}, {}  # slot -> facts of its frame; coded_index -> hidden frame that was not put out yet
+        self._libaom, self._hidden, self._luma, self._film_grain, self._threads = (
+            libaom,
+            hidden,
+            luma,
+            film_grain,
+            threads,
+        )
+        # slot -> facts of its frame; coded_index -> hidden frame that was not put out yet
+        self._slots, self._pending = {}, {}
         self._frames = self._run(packets)
 
-    def __next__(self): return next(self._frames)
+    def __next__(self):
+        return next(self._frames)
 
     def close(self):
         "End early and free the decoder; needed only where not all frames are read."
@@ -747,54 +1218,89 @@ class Trees(Iterator):
         sequence = None
         with _Decoder(self._libaom, self._threads, self._film_grain) as decoder:
             for packet in packets:
-                try: units = split_frames(packet, sequence)
-                except ValueError as error: raise self._damaged(error) from error
+                try:
+                    units = split_frames(packet, sequence)
+                except ValueError as error:
+                    raise self._damaged(error) from error
                 for unit in units:
                     sequence = unit.sequence
-                    try: ready = self._decode(decoder, unit)
-                    except ValueError as error: raise self._damaged(error) from error
+                    try:
+                        ready = self._decode(decoder, unit)
+                    except ValueError as error:
+                        raise self._damaged(error) from error
                     yield from ready
             yield from self._forget(set(self._pending))
-        if not self.coded: raise StreamError(f"{self.name} holds no frame.")
+        if not self.coded:
+            raise StreamError(f"{self.name} holds no frame.")
 
     def _damaged(self, error):
-        return StreamError(f"{self.name}: frame {self.coded} (in coding order, from 0) cannot be read: {error}. "
-                           "The stream is damaged or not supported.")
+        return StreamError(
+            f"{self.name}: frame {self.coded} (in coding order, from 0) cannot be read: {error}. "
+            "The stream is damaged or not supported."
+        )
 
     def _decode(self, decoder, unit):
         "Decode one frame; the frames that are ready now, in the order of delivery."
         width, height = unit.sequence.width, unit.sequence.height
         if width * height > MAX_PIXELS:
-            raise ValueError(f"its header announces {width}×{height} pixels, more than the {MAX_PIXELS} that are allowed")
+            raise ValueError(
+                f"its header announces {width}×{height} pixels, more than the {MAX_PIXELS} that are"
+                " allowed"
+            )
         image = decoder.decode(unit.data)
-        if unit.shown and image is None: raise ValueError("the decoder put out no picture for a shown frame")
-        if unit.shown_slot is not None: return [self._shown_later(unit.shown_slot, image)]
+        if unit.shown and image is None:
+            raise ValueError("the decoder put out no picture for a shown frame")
+        if unit.shown_slot is not None:
+            return [self._shown_later(unit.shown_slot, image)]
         frame = self._coded_frame(decoder, unit)
         updates = decoder.ask(_GET_REF_UPDATES) & 0xFF
-        if not unit.shown and updates: image = decoder.reference((updates & -updates).bit_length() - 1)
-        if image is not None: self._add_picture(frame, image)
+        if not unit.shown and updates:
+            image = decoder.reference((updates & -updates).bit_length() - 1)
+        if image is not None:
+            self._add_picture(frame, image)
         self.coded += 1
         facts = vars(frame) | dict(block_size=None, partition=None, qindex=None, luma=None)
         self._slots |= {slot: facts for slot in range(8) if updates >> slot & 1}
-        ready = self._forget(self._pending.keys() - {facts["coded_index"] for facts in self._slots.values()})
-        if not unit.shown and updates: self._pending[frame.coded_index] = frame
-        elif not unit.shown: ready += self._never_put_out(frame)
-        else: ready.append(self._put_out(frame))
+        ready = self._forget(
+            self._pending.keys() - {facts["coded_index"] for facts in self._slots.values()}
+        )
+        if not unit.shown and updates:
+            self._pending[frame.coded_index] = frame
+        elif not unit.shown:
+            ready += self._never_put_out(frame)
+        else:
+            ready.append(self._put_out(frame))
         return ready
 
     def _coded_frame(self, decoder, unit):
         width, height = decoder.ask(_GET_FRAME_SIZE, 2)
         block_size, partition, qindex = decoder.mi(width, height)
         return Frame(
-            index=-1, coded_index=self.coded, width=width, height=height, bit_depth=decoder.ask(_GET_BIT_DEPTH), monochrome=False,
-            frame_type=int(unit.frame_kind in (1, 3)), key=unit.frame_kind == 0, shown=unit.shown, repeated=False,
-            order_hint=decoder.ask(_GET_ORDER_HINT), sb_size=128 if decoder.ask(_GET_SB_SIZE) else 64,
-            base_qindex=decoder.ask(_GET_BASE_QINDEX), block_size=block_size, partition=partition, qindex=qindex)
+            index=-1,
+            coded_index=self.coded,
+            width=width,
+            height=height,
+            bit_depth=decoder.ask(_GET_BIT_DEPTH),
+            monochrome=False,
+            frame_type=int(unit.frame_kind in (1, 3)),
+            key=unit.frame_kind == 0,
+            shown=unit.shown,
+            repeated=False,
+            order_hint=decoder.ask(_GET_ORDER_HINT),
+            sb_size=128 if decoder.ask(_GET_SB_SIZE) else 64,
+            base_qindex=decoder.ask(_GET_BASE_QINDEX),
+            block_size=block_size,
+            partition=partition,
+            qindex=qindex,
+        )
 
     def _shown_later(self, slot, image):
-        if slot not in self._slots: raise ValueError(f"it shows reference slot {slot}, which holds no frame")
+        if slot not in self._slots:
+            raise ValueError(f"it shows reference slot {slot}, which holds no frame")
         facts = self._slots[slot]
-        if facts["key"]: self._slots = dict.fromkeys(range(8), facts)  # such a key frame fills all slots anew
+        # such a key frame fills all slots anew
+        if facts["key"]:
+            self._slots = dict.fromkeys(range(8), facts)
         frame = self._pending.pop(facts["coded_index"], None)
         if frame is None:
             frame = Frame(**facts | dict(repeated=True))
@@ -804,10 +1310,13 @@ class Trees(Iterator):
 
     def _add_picture(self, frame, image):
         if (image.d_w, image.d_h) != (frame.width, frame.height):
-            raise ValueError(f"its picture has {image.d_w}×{image.d_h} pixels, its tree {frame.width}×{frame.height} "
-                             "(super-resolution is not supported)")
+            raise ValueError(
+                f"its picture has {image.d_w}×{image.d_h} pixels, its tree"
+                f" {frame.width}×{frame.height} (super-resolution is not supported)"
+            )
         frame.monochrome = bool(image.monochrome)
-        if self._luma: frame.luma = _luma(image)
+        if self._luma:
+            frame.luma = _luma(image)
 
     def _put_out(self, frame):
         frame.index, self.put_out = self.put_out, self.put_out + 1
@@ -824,55 +1333,93 @@ class Trees(Iterator):
 def describe_frames(
     frames: Iterable[Frame],  # frames with luma
 ) -> list[dict]:  # one dictionary of plain values for each frame
-    "Everything that was read of some frames, comparable and storable as JSON; arrays as hexadecimal bytes, luma as its SHA-256."
-    return [{k: v.tobytes().hex() if isinstance(v, np.ndarray) else v for k, v in vars(f).items() if k != "luma"}
-            | dict(luma_sha256=hashlib.sha256(f.luma.astype("<u2").tobytes()).hexdigest()) for f in frames]
+    """Everything that was read of some frames, comparable and storable as JSON; arrays as
+    hexadecimal bytes, luma as its SHA-256.
+    """
+    return [
+        {
+            k: v.tobytes().hex() if isinstance(v, np.ndarray) else v
+            for k, v in vars(f).items()
+            if k != "luma"
+        }
+        | dict(luma_sha256=hashlib.sha256(f.luma.astype("<u2").tobytes()).hexdigest())
+        for f in frames
+    ]
 
 
 def check_libaom(
     libaom: Libaom,  # library to check
 ) -> Libaom:  # the same, if it is supported
-    "Read the stream whose tree is known. Raises `LibaomError`, naming release and file, if anything differs."
+    """Read the stream whose tree is known.
+
+    Raises `LibaomError`, naming release and file, if anything differs.
+    """
     folder = Path(sys.modules["av1nb"].__file__).parent / "data"
-    missing = [name for name in ("known_stream.ivf", "known_stream.json") if not (folder / name).is_file()]
-    if missing: raise LibaomError(f"The package is incomplete: {folder / missing[0]} is missing. Install av1nb again.")
+    missing = [
+        name for name in ("known_stream.ivf", "known_stream.json") if not (folder / name).is_file()
+    ]
+    if missing:
+        raise LibaomError(
+            f"The package is incomplete: {folder / missing[0]} is missing. Install av1nb again."
+        )
     expected = json.loads((folder / "known_stream.json").read_text(encoding="utf-8"))["frames"]
     refused = f"{libaom.name} is not supported:"
-    try: found = describe_frames(Trees(temporal_units(folder / "known_stream.ivf"), "known_stream.ivf", libaom))
+    try:
+        found = describe_frames(
+            Trees(temporal_units(folder / "known_stream.ivf"), "known_stream.ivf", libaom)
+        )
     except StreamError as error:
-        raise LibaomError(f"{refused} it cannot read the stream that comes with av1nb ({error.__cause__ or error}).") from error
+        raise LibaomError(
+            f"{refused} it cannot read the stream that comes with av1nb"
+            f" ({error.__cause__ or error})."
+        ) from error
     wrong = sorted({key for e, f in zip(expected, found) for key in e if e[key] != f[key]})
-    if len(expected) != len(found): wrong = ["the number of frames"]
-    if wrong: raise LibaomError(f"{refused} of the stream whose tree is known it gives other values for {', '.join(wrong)}.")
+    if len(expected) != len(found):
+        wrong = ["the number of frames"]
+    if wrong:
+        raise LibaomError(
+            f"{refused} of the stream whose tree is known it gives other values for"
+            f" {', '.join(wrong)}."
+        )
     return libaom
 
 
 @lru_cache(maxsize=None)
-def _checked_libaom(path, source): return check_libaom(Libaom(path, source))
+def _checked_libaom(path, source):
+    return check_libaom(Libaom(path, source))
 
 
 def load_libaom(
     path: str | os.PathLike | None = None,  # shared library; None looks for one, see `find_libaom`
 ) -> Libaom:  # checked, and the same object for the same file
-    "The libaom to use. Raises `LibaomError` if there is none, or if it is of a release that is not supported."
+    """The libaom to use.
+
+    Raises `LibaomError` if there is none, or if it is of a release that is not supported.
+    """
     return _checked_libaom(*find_libaom(path))
 
 # %% ../nbs/01_streams.ipynb #2f20ae4c
 def read_trees(
     path: str | os.PathLike,  # IVF, OBU, WebM, Matroska, MP4 or AVIF file
     libaom: Libaom | None = None,  # library; None loads the default one
-    hidden: str = "read",  # frames that are never put out: "read" delivers them (index −1), "skip" leaves them out and counts them
+    # frames that are never put out: "read" delivers them (index −1), "skip" leaves them out and
+    # counts them
+    hidden: str = "read",
     luma: bool = True,  # copy the decoded luma
     film_grain: bool = True,  # synthesise film grain where the stream asks for it
     threads: int = 1,  # decoder threads
 ) -> Trees:  # iterator of `Frame`, in display order
     """Partition trees and pixels of an AV1 stream, frame by frame.
 
-    Raises `FileNotFoundError`, `LibaomError`, or, while iterating, `StreamError` for a stream that is not AV1, cut off or damaged
-    (frames before the damage are delivered). Not readable, and said so: super-resolution and large-scale tiles.
+    Raises `FileNotFoundError`, `LibaomError`, or, while iterating, `StreamError` for a stream that
+    is not AV1, cut off or damaged (frames before the damage are delivered). Not readable, and said
+    so: super-resolution and large-scale tiles.
     """
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} does not exist or is not a file.")
-    return Trees(temporal_units(path), str(path), libaom or load_libaom(), hidden, luma, film_grain, threads)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file.")
+    return Trees(
+        temporal_units(path), str(path), libaom or load_libaom(), hidden, luma, film_grain, threads
+    )
 
 # %% ../nbs/01_streams.ipynb #b64e6e4a
 def synthetic_picture(
@@ -887,32 +1434,68 @@ def synthetic_picture(
     y, x = np.mgrid[:height, :width].astype(np.float64)
     x = x + shift
     patch = (rng.permutation(64)[((x // 24).astype(int) % 8) + 8 * ((y // 20).astype(int) % 8)]) % 8
-    angle, period, contrast, noise = rng.uniform(0, np.pi, 8), rng.uniform(3, 24, 8), rng.uniform(0, 0.2, 8), rng.uniform(0, 0.06, 8) ** 1.5
+    angle, period, contrast, noise = (
+        rng.uniform(0, np.pi, 8),
+        rng.uniform(3, 24, 8),
+        rng.uniform(0, 0.2, 8),
+        rng.uniform(0, 0.06, 8) ** 1.5,
+    )
     wave = np.sin(2 * np.pi * (x * np.cos(angle[patch]) + y * np.sin(angle[patch])) / period[patch])
     value = 0.3 + 0.3 * x / max(width, 1) + 0.15 * y / max(height, 1) + contrast[patch] * wave
     value += noise[patch] * rng.standard_normal((height, width))
     top = (1 << bit_depth) - 1
     luma = np.rint(np.clip(value, 0, 1) * top).astype(np.uint16)
-    blue, red = (np.rint(np.clip(0.5 + k * (value[::2, ::2] - 0.5), 0, 1) * top).astype(np.uint16) for k in (0.3, -0.2))
+    blue, red = (
+        np.rint(np.clip(0.5 + k * (value[::2, ::2] - 0.5), 0, 1) * top).astype(np.uint16)
+        for k in (0.3, -0.2)
+    )
     return luma, blue, red
 
 # %% ../nbs/01_streams.ipynb #a9079d95
-CQ_FOR_QINDEX = {80: 20, 128: 32, 172: 43, 220: 55}  # quantiser index -> libaom's cq-level, for the four that this project uses
+# quantiser index -> libaom's cq-level, for the four that this project uses
+CQ_FOR_QINDEX = {80: 20, 128: 32, 172: 43, 220: 55}
 _USAGE = {"good": 0, "allintra": 2}
 _CONFIG_OPTIONS = {  # options of aomenc that are fields of the configuration
-    "limit": "g_limit", "profile": "g_profile", "lag-in-frames": "g_lag_in_frames", "global-error-resilient": "g_error_resilient",
-    "kf-min-dist": "kf_min_dist", "kf-max-dist": "kf_max_dist", "min-q": "rc_min_quantizer", "max-q": "rc_max_quantizer",
-    "resize-mode": "rc_resize_mode", "resize-denominator": "rc_resize_denominator", "resize-kf-denominator": "rc_resize_kf_denominator",
-    "superres-mode": "rc_superres_mode", "superres-denominator": "rc_superres_denominator",
-    "superres-kf-denominator": "rc_superres_kf_denominator", "full-still-picture-hdr": "full_still_picture_hdr",
-    "enable-fwd-kf": "fwd_kf_enabled", "sframe-dist": "sframe_dist", "sframe-mode": "sframe_mode"}
-_OWN_OPTIONS = {"cq-level", "cpu-used", "bit-depth", "input-bit-depth", "width", "height", "threads", "passes", "usage", "end-usage",
-                "monochrome", "fps", "annexb"}
+    "limit": "g_limit",
+    "profile": "g_profile",
+    "lag-in-frames": "g_lag_in_frames",
+    "global-error-resilient": "g_error_resilient",
+    "kf-min-dist": "kf_min_dist",
+    "kf-max-dist": "kf_max_dist",
+    "min-q": "rc_min_quantizer",
+    "max-q": "rc_max_quantizer",
+    "resize-mode": "rc_resize_mode",
+    "resize-denominator": "rc_resize_denominator",
+    "resize-kf-denominator": "rc_resize_kf_denominator",
+    "superres-mode": "rc_superres_mode",
+    "superres-denominator": "rc_superres_denominator",
+    "superres-kf-denominator": "rc_superres_kf_denominator",
+    "full-still-picture-hdr": "full_still_picture_hdr",
+    "enable-fwd-kf": "fwd_kf_enabled",
+    "sframe-dist": "sframe_dist",
+    "sframe-mode": "sframe_mode",
+}
+_OWN_OPTIONS = {
+    "cq-level",
+    "cpu-used",
+    "bit-depth",
+    "input-bit-depth",
+    "width",
+    "height",
+    "threads",
+    "passes",
+    "usage",
+    "end-usage",
+    "monochrome",
+    "fps",
+    "annexb",
+}
 
 
 @dataclass
 class EncodeResult:
     "A stream made by `encode`."
+
     packets: list = field(repr=False)  # bytes of each temporal unit
     ivf: bytes = field(repr=False)  # whole file
     qindexes: list  # base quantiser index of each packet's last frame, 0–255
@@ -925,29 +1508,43 @@ def _checked_planes(picture, number, bit_depth, size):
     "Planes of one picture as a list of one or three arrays; every fault has its message."
     planes = [picture] if isinstance(picture, np.ndarray) and picture.ndim == 2 else list(picture)
     if len(planes) not in (1, 3):
-        raise ValueError(f"Picture {number} has {len(planes)} planes; it must be luma alone, or luma and two chroma planes.")
+        raise ValueError(
+            f"Picture {number} has {len(planes)} planes; it must be luma alone, or luma and two"
+            " chroma planes."
+        )
     for name, plane in zip("YUV", planes):
         where = f"Plane {name} of picture {number}"
         if not isinstance(plane, np.ndarray) or plane.ndim != 2:
-            raise ValueError(f"{where} must be a two-dimensional numpy array, not {type(plane).__name__} of shape {np.shape(plane)}.")
+            raise ValueError(
+                f"{where} must be a two-dimensional numpy array, not {type(plane).__name__} of"
+                f" shape {np.shape(plane)}."
+            )
         if plane.dtype != np.uint16 and not (plane.dtype == np.uint8 and bit_depth == 8):
-            raise ValueError(f"{where} has the type {plane.dtype}; it must be uint16" + (" or uint8." if bit_depth == 8 else "."))
-        if plane.size == 0: raise ValueError(f"{where} is empty.")
+            raise ValueError(
+                f"{where} has the type {plane.dtype}; it must be uint16"
+                + (" or uint8." if bit_depth == 8 else ".")
+            )
+        if plane.size == 0:
+            raise ValueError(f"{where} is empty.")
         if (top := int(plane.max())) >= 1 << bit_depth:
             row, column = np.unravel_index(plane.argmax(), plane.shape)
-            raise ValueError(f"{where} has the value {top} at row {row}, column {column}; "
-                             f"{bit_depth}-bit samples are at most {(1 << bit_depth) - 1}.")
+            raise ValueError(
+                f"{where} has the value {top} at row {row}, column {column}; "
+                f"{bit_depth}-bit samples are at most {(1 << bit_depth) - 1}."
+            )
     height, width = planes[0].shape
     if size is not None and (width, height) != size:
-        raise ValueError(f"Picture {number} has {width}×{height} pixels, expected are {size[0]}×{size[1]}.")
+        raise ValueError(
+            f"Picture {number} has {width}×{height} pixels, expected are {size[0]}×{size[1]}."
+        )
     chroma = ((height + 1) // 2, (width + 1) // 2)
     for name, plane in zip("UV", planes[1:]):
         if plane.shape != chroma:
-            raise ValueError(f"Plane {name} of picture {number} has {plane.shape[1]}×{plane.shape[0]} samples; "
-                             f"4:2:0 chroma of {width}×{height} pixels has {chroma[1]}×{chroma[0]}.")
+            raise ValueError(
+                f"Plane {name} of picture {number} has {plane.shape[1]}×{plane.shape[0]} samples; "
+                f"4:2:0 chroma of {width}×{height} pixels has {chroma[1]}×{chroma[0]}."
+            )
     return planes
-
-
 
 # %% ../nbs/01_streams.ipynb #b083e44b
 _USE_HIGH_BIT_DEPTH, _I420, _GET_LAST_QUANTIZER = 0x40000, 0x102, 19
@@ -955,7 +1552,11 @@ _USE_HIGH_BIT_DEPTH, _I420, _GET_LAST_QUANTIZER = 0x40000, 0x102, 19
 
 def _user_seconds():
     "User CPU time of this process so far."
-    return os.times().user if sys.platform == "win32" else resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    return (
+        os.times().user
+        if sys.platform == "win32"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    )
 
 
 class _Encoder:
@@ -964,16 +1565,30 @@ class _Encoder:
     def __init__(self, libaom, config, settings):
         self.libaom, self.config, self.context = libaom, config, _Context()
         high = config.g_bit_depth > 8
-        context, iface, flags = ctypes.byref(self.context), libaom.aom_codec_av1_cx(), _USE_HIGH_BIT_DEPTH if high else 0
-        if code := libaom.aom_codec_enc_init_ver(context, iface, ctypes.byref(config), flags, libaom.encoder_abi):
-            raise ValueError(f"libaom {libaom.version} does not take this configuration: {libaom.error_text(code, self.context)}.")
+        context, iface, flags = (
+            ctypes.byref(self.context),
+            libaom.aom_codec_av1_cx(),
+            _USE_HIGH_BIT_DEPTH if high else 0,
+        )
+        if code := libaom.aom_codec_enc_init_ver(
+            context, iface, ctypes.byref(config), flags, libaom.encoder_abi
+        ):
+            raise ValueError(
+                f"libaom {libaom.version} does not take this configuration:"
+                f" {libaom.error_text(code, self.context)}."
+            )
         try:
             for name, value in settings.items():
                 if code := libaom.aom_codec_set_option(context, name.encode(), value.encode()):
-                    raise ValueError(f"libaom {libaom.version} has no encoder option {name!r}, or does not take the value {value!r} "
-                                     f"for it: {libaom.error_text(code, self.context)}.")
-            self.image = libaom.aom_img_alloc(None, _I420 | (_HIGH_BIT_DEPTH if high else 0), config.g_w, config.g_h, 32)
-            if not self.image: raise MemoryError(f"No memory for a picture of {config.g_w}×{config.g_h} pixels.")
+                    raise ValueError(
+                        f"libaom {libaom.version} has no encoder option {name!r}, or does not take"
+                        f" the value {value!r} for it: {libaom.error_text(code, self.context)}."
+                    )
+            self.image = libaom.aom_img_alloc(
+                None, _I420 | (_HIGH_BIT_DEPTH if high else 0), config.g_w, config.g_h, 32
+            )
+            if not self.image:
+                raise MemoryError(f"No memory for a picture of {config.g_w}×{config.g_h} pixels.")
         except BaseException:
             libaom.aom_codec_destroy(context)
             raise
@@ -981,50 +1596,80 @@ class _Encoder:
         image.bit_depth = config.g_bit_depth
         self.planes = []
         for i in range(3):
-            shape = (config.g_h, config.g_w) if i == 0 else ((config.g_h + 1) // 2, (config.g_w + 1) // 2)
+            shape = (
+                (config.g_h, config.g_w)
+                if i == 0
+                else ((config.g_h + 1) // 2, (config.g_w + 1) // 2)
+            )
             memory = (ctypes.c_ubyte * (image.stride[i] * shape[0])).from_address(image.planes[i])
             dtype = np.dtype(np.uint16 if high else np.uint8)
-            self.planes.append(np.ndarray(shape, dtype, memory, strides=(image.stride[i], dtype.itemsize)))
+            self.planes.append(
+                np.ndarray(shape, dtype, memory, strides=(image.stride[i], dtype.itemsize))
+            )
             self.planes[i][:] = 1 << (config.g_bit_depth - 1)
 
-    def __enter__(self): return self
+    def __enter__(self):
+        return self
 
     def __exit__(self, *_):
         self.libaom.aom_img_free(self.image)
         self.libaom.aom_codec_destroy(ctypes.byref(self.context))
 
     def run(self, pictures):
-        "Encode all pictures; yields (kind, presentation time, bytes, quantiser index) of every packet."
+        """Encode all pictures; yields (kind, presentation time, bytes, quantiser index) of every
+        packet.
+        """
         number = 0
         for number, planes in enumerate(pictures, 1):
-            for target, plane in zip(self.planes, planes): target[:] = plane
+            for target, plane in zip(self.planes, planes):
+                target[:] = plane
             yield from self._encode(self.image, number - 1)
-        while (packets := list(self._encode(None, number))): yield from packets
+        while packets := list(self._encode(None, number)):
+            yield from packets
 
     def _encode(self, image, time):
         context = ctypes.byref(self.context)
         if code := self.libaom.aom_codec_encode(context, image, time, 1, 0):
-            raise ValueError(f"libaom {self.libaom.version} could not encode picture {time}: {self.libaom.error_text(code, self.context)}.")
+            raise ValueError(
+                f"libaom {self.libaom.version} could not encode picture {time}:"
+                f" {self.libaom.error_text(code, self.context)}."
+            )
         position, qindex = ctypes.c_void_p(), ctypes.c_int()
         while packet := self.libaom.aom_codec_get_cx_data(context, ctypes.byref(position)):
             kind, data = packet.contents.kind, packet.contents.data
             if kind == 0:
-                if self.libaom.aom_codec_control(context, _GET_LAST_QUANTIZER, ctypes.byref(qindex)):
-                    raise LibaomError(f"{self.libaom.name} is not supported for encoding: it does not tell the quantiser of a frame.")
-                yield kind, data.frame.pts, ctypes.string_at(data.frame.buf, data.frame.sz), qindex.value
-            elif kind == 1: yield kind, 0, ctypes.string_at(data.stats.buf, data.stats.sz), 0
+                if self.libaom.aom_codec_control(
+                    context, _GET_LAST_QUANTIZER, ctypes.byref(qindex)
+                ):
+                    raise LibaomError(
+                        f"{self.libaom.name} is not supported for encoding: it does not tell the"
+                        " quantiser of a frame."
+                    )
+                yield (
+                    kind,
+                    data.frame.pts,
+                    ctypes.string_at(data.frame.buf, data.frame.sz),
+                    qindex.value,
+                )
+            elif kind == 1:
+                yield kind, 0, ctypes.string_at(data.stats.buf, data.stats.sz), 0
 
 # %% ../nbs/01_streams.ipynb #829c09a5
 def _run_encoder(libaom, config, settings, pictures):
-    "Packets (kind, time, bytes, quantiser index) of all pictures, and the user CPU seconds that they took."
+    """Packets (kind, time, bytes, quantiser index) of all pictures, and the user CPU seconds that
+    they took.
+    """
     begin = _user_seconds()
     if settings["passes"] == "2":
         config.g_pass = 1
         with _Encoder(libaom, config, settings) as encoder:
             statistics = b"".join(data for kind, _, data, _ in encoder.run(pictures) if kind == 1)
         memory = ctypes.create_string_buffer(statistics, len(statistics))
-        config.g_pass, config.rc_twopass_stats_in = 2, _Buffer(ctypes.cast(memory, ctypes.c_void_p), len(statistics))
-    with _Encoder(libaom, config, settings) as encoder: packets = [packet for packet in encoder.run(pictures) if packet[0] == 0]
+        config.g_pass, config.rc_twopass_stats_in = 2, _Buffer(
+            ctypes.cast(memory, ctypes.c_void_p), len(statistics)
+        )
+    with _Encoder(libaom, config, settings) as encoder:
+        packets = [packet for packet in encoder.run(pictures) if packet[0] == 0]
     return packets, _user_seconds() - begin
 
 
@@ -1043,17 +1688,33 @@ def _check_encoder(libaom):
     refused = f"{libaom.name} is not supported for encoding:"
     luma, blue, red = synthetic_picture(72, 64, seed=1)
     try:
-        config, settings = _encoder_config(libaom, "good", (72, 64), 10), {"passes": "1", "cpu-used": "6", "cq-level": "55"}
+        config, settings = _encoder_config(libaom, "good", (72, 64), 10), {
+            "passes": "1",
+            "cpu-used": "6",
+            "cq-level": "55",
+        }
         packets, _ = _run_encoder(libaom, config, settings, [(luma, blue, red)])
         frames = list(Trees([data for _, _, data, _ in packets], "test stream", libaom))
-        found = [(f.width, f.height, f.bit_depth, f.key, f.base_qindex, q) for f, (*_, q) in zip(frames, packets)]
-        good = found == [(72, 64, 10, True, 220, 220)] and np.abs(frames[0].luma.astype(int) - luma).mean() < 60
-    except ValueError as error: raise LibaomError(f"{refused} a test picture failed ({error}).") from error
-    if not good: raise LibaomError(f"{refused} a test picture came back as {found} instead of with quantiser index 220.")
+        found = [
+            (f.width, f.height, f.bit_depth, f.key, f.base_qindex, q)
+            for f, (*_, q) in zip(frames, packets)
+        ]
+        good = (
+            found == [(72, 64, 10, True, 220, 220)]
+            and np.abs(frames[0].luma.astype(int) - luma).mean() < 60
+        )
+    except ValueError as error:
+        raise LibaomError(f"{refused} a test picture failed ({error}).") from error
+    if not good:
+        raise LibaomError(
+            f"{refused} a test picture came back as {found} instead of with quantiser index 220."
+        )
 
 # %% ../nbs/01_streams.ipynb #e8a18d8e
 def encode(
-    planes: Iterable,  # pictures: (Y, U, V) or Y alone; uint16 [height, width], chroma 4:2:0 [(height + 1) // 2, (width + 1) // 2]
+    # pictures: (Y, U, V) or Y alone; uint16 [height, width], chroma 4:2:0 [(height + 1) // 2,
+    # (width + 1) // 2]
+    planes: Iterable,
     path: str | os.PathLike | None = None,  # IVF file to write; None keeps the stream in memory
     *,
     width: int | None = None,  # expected width in pixels; None takes that of the first picture
@@ -1063,55 +1724,106 @@ def encode(
     cpu_used: int = 1,  # speed preset, 0 (slowest) to 9; at most 6 in good quality
     bit_depth: int = 10,  # 8 or 10
     fps: tuple[int, int] = (30, 1),  # frames per second as numerator and denominator
-    options: Mapping | None = None,  # further options of libaom by their name in aomenc, such as {"sb-size": 64, "enable-cdef": 0}
+    # further options of libaom by their name in aomenc, such as {"sb-size": 64, "enable-cdef": 0}
+    options: Mapping | None = None,
     threads: int = 1,  # encoder threads
-    passes: int | None = None,  # 1 or 2; None is aomenc's choice: 1 for all intra, 2 for good quality
+    # 1 or 2; None is aomenc's choice: 1 for all intra, 2 for good quality
+    passes: int | None = None,
     monochrome: bool = False,  # code no chroma; otherwise missing chroma planes are neutral grey
     libaom: Libaom | None = None,  # library; None loads the default one
 ) -> EncodeResult:
-    """Encode pictures in constant quality; the file equals, byte for byte, what `aomenc --ivf` of the same libaom writes.
+    """Encode pictures in constant quality; the file equals, byte for byte, what `aomenc --ivf` of
+    the same libaom writes.
 
-    `options` may also relax the key-frame distance of "good" ({"kf-max-dist": 9999}) to get inter frames.
-    Raises `ValueError` for pictures or options that do not fit (naming them), `LibaomError` for the library, `OSError` if the file
-    cannot be written.
+    `options` may also relax the key-frame distance of "good" ({"kf-max-dist": 9999}) to get inter
+    frames. Raises `ValueError` for pictures or options that do not fit (naming them), `LibaomError`
+    for the library, `OSError` if the file cannot be written.
     """
-    if mode not in _USAGE: raise ValueError(f'mode is {mode!r}; it must be "allintra" or "good".')
+    if mode not in _USAGE:
+        raise ValueError(f'mode is {mode!r}; it must be "allintra" or "good".')
     top_speed = 9 if mode == "allintra" else 6
-    for name, value, low, high in (("cq_level", cq_level, 0, 63), ("cpu_used", cpu_used, 0, top_speed), ("threads", threads, 1, 64)):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not low <= value <= high:
+    for name, value, low, high in (
+        ("cq_level", cq_level, 0, 63),
+        ("cpu_used", cpu_used, 0, top_speed),
+        ("threads", threads, 1, 64),
+    ):
+        if (
+            not isinstance(value, (int, np.integer))
+            or isinstance(value, bool)
+            or not low <= value <= high
+        ):
             where = f" in mode {mode!r}" if name == "cpu_used" else ""
-            raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}{where}.")
-    if bit_depth not in (8, 10): raise ValueError(f"bit_depth is {bit_depth}; it must be 8 or 10.")
+            raise ValueError(
+                f"{name} is {value!r}; it must be a whole number from {low} to {high}{where}."
+            )
+    if bit_depth not in (8, 10):
+        raise ValueError(f"bit_depth is {bit_depth}; it must be 8 or 10.")
     most_passes = 1 if mode == "allintra" else 2
-    if passes is None: passes = most_passes
+    if passes is None:
+        passes = most_passes
     if passes not in (1, most_passes):
-        raise ValueError(f"passes is {passes}; in mode {mode!r} it must be {'1' if most_passes == 1 else '1 or 2'}.")
-    if len(fps) != 2 or min(fps) < 1: raise ValueError(f"fps is {fps}; it must be a numerator and a denominator, both at least 1.")
-    settings = {str(k).lstrip("-"): str(int(v) if isinstance(v, bool) else v) for k, v in (options or {}).items()}
+        raise ValueError(
+            f"passes is {passes}; in mode {mode!r} it must be"
+            f" {'1' if most_passes == 1 else '1 or 2'}."
+        )
+    if len(fps) != 2 or min(fps) < 1:
+        raise ValueError(
+            f"fps is {fps}; it must be a numerator and a denominator, both at least 1."
+        )
+    settings = {
+        str(k).lstrip("-"): str(int(v) if isinstance(v, bool) else v)
+        for k, v in (options or {}).items()
+    }
     if clash := sorted(_OWN_OPTIONS & settings.keys()):
-        raise ValueError(f"The option {clash[0]!r} is set by an argument of encode, not by options.")
+        raise ValueError(
+            f"The option {clash[0]!r} is set by an argument of encode, not by options."
+        )
     libaom = libaom or load_libaom()
 
-    if isinstance(planes, np.ndarray) and planes.ndim == 2: planes = [planes]
+    if isinstance(planes, np.ndarray) and planes.ndim == 2:
+        planes = [planes]
     pictures, size = [], None if width is None and height is None else (width, height)
     for number, picture in enumerate(planes):
         pictures.append(_checked_planes(picture, number, bit_depth, size))
         size = pictures[0][0].shape[::-1]
         if monochrome and len(pictures[-1]) > 1:
-            raise ValueError(f"Picture {number} has chroma planes, but monochrome is set: pass luma alone.")
-    if not pictures: raise ValueError("There is no picture to encode.")
+            raise ValueError(
+                f"Picture {number} has chroma planes, but monochrome is set: pass luma alone."
+            )
+    if not pictures:
+        raise ValueError("There is no picture to encode.")
 
     _check_encoder(libaom)
     config = _encoder_config(libaom, mode, size, bit_depth)
-    config.g_threads, config.monochrome, config.g_timebase_num, config.g_timebase_den = threads, int(monochrome), fps[1], fps[0]
+    config.g_threads, config.monochrome, config.g_timebase_num, config.g_timebase_den = (
+        threads,
+        int(monochrome),
+        fps[1],
+        fps[0],
+    )
     for name in [n for n in settings if n in _CONFIG_OPTIONS]:
         if not settings[name].isdigit():
-            raise ValueError(f"The option {name!r} has the value {settings[name]!r}; it must be a whole number.")
+            raise ValueError(
+                f"The option {name!r} has the value {settings[name]!r}; it must be a whole number."
+            )
         setattr(config, _CONFIG_OPTIONS[name], int(settings.pop(name)))
-    settings = {"passes": str(passes), "cpu-used": str(cpu_used), "cq-level": str(cq_level)} | settings
+    settings = {
+        "passes": str(passes),
+        "cpu-used": str(cpu_used),
+        "cq-level": str(cq_level),
+    } | settings
 
     packets, seconds = _run_encoder(libaom, config, settings, pictures)
     head = struct.pack("<4sHH4sHHIIII", b"DKIF", 0, 32, b"AV01", *size, *fps, len(packets), 0)
-    ivf = head + b"".join(struct.pack("<IQ", len(data), time) + data for _, time, data, _ in packets)
+    ivf = head + b"".join(
+        struct.pack("<IQ", len(data), time) + data for _, time, data, _ in packets
+    )
     written = write_bytes(path, ivf) if path is not None else None
-    return EncodeResult([data for _, _, data, _ in packets], ivf, [qindex for *_, qindex in packets], seconds, libaom.version, written)
+    return EncodeResult(
+        [data for _, _, data, _ in packets],
+        ivf,
+        [qindex for *_, qindex in packets],
+        seconds,
+        libaom.version,
+        written,
+    )

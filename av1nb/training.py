@@ -44,78 +44,141 @@ class TrainingError(RuntimeError):
 # %% ../nbs/08_training.ipynb #dd67de2d
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training. Raises `ValueError` naming the setting that is out of range.
+    """Settings of one training.
 
-    Sources: Loshchilov and Hutter (2019), Decoupled Weight Decay Regularization (AdamW); Howard and Ruder (2018), Universal Language
-    Model Fine-tuning for Text Classification (discriminative rates, gradual unfreezing); Smith and Topin (2019), Super-convergence:
-    Very Fast Training of Neural Networks Using Large Learning Rates (one-cycle).
+    Raises `ValueError` naming the setting that is out of range.
+
+    Sources: Loshchilov and Hutter (2019), Decoupled Weight Decay Regularization (AdamW); Howard and
+    Ruder (2018), Universal Language Model Fine-tuning for Text Classification (discriminative
+    rates, gradual unfreezing); Smith and Topin (2019), Super-convergence: Very Fast Training of
+    Neural Networks Using Large Learning Rates (one-cycle).
     """
+
     epochs: int = 20  # passes over the training set, at least 1
-    batch_size: int = 128  # blocks in a batch, of all processes together; must be the batch size of the training batches
-    lr_head: float = 1e-3  # learning rate of the head, of adapters and of parameters of the objective
+    # blocks in a batch, of all processes together; must be the batch size of the training batches
+    batch_size: int = 128
+    # learning rate of the head, of adapters and of parameters of the objective
+    lr_head: float = 1e-3
     lr_backbone: float = 1e-4  # learning rate of the backbone's layer group next to the head
-    layer_decay: float = 1.0  # factor on the rate for each layer group further from the head, in (0, 1]; Howard and Ruder used 1/2.6
+    # factor on the rate for each layer group further from the head, in (0, 1]; Howard and Ruder
+    # used 1/2.6
+    layer_decay: float = 1.0
     weight_decay: float = 1e-4  # AdamW's decoupled weight decay
-    schedule: str = "cosine"  # "cosine", "onecycle" or "constant"; every schedule moves on at each batch
-    warmup_epochs: float = 0.0  # epochs of linear warm-up before "cosine" or "constant" ("onecycle" has its own)
-    frozen_epochs: int = 0  # epochs in which the whole backbone is frozen; `epochs` or more: always frozen
-    unfreeze: str = "all"  # "all": the whole backbone opens at once; "gradual": one layer group after the other, next to the head first
+    # "cosine", "onecycle" or "constant"; every schedule moves on at each batch
+    schedule: str = "cosine"
+    # epochs of linear warm-up before "cosine" or "constant" ("onecycle" has its own)
+    warmup_epochs: float = 0.0
+    # epochs in which the whole backbone is frozen; `epochs` or more: always frozen
+    frozen_epochs: int = 0
+    # "all": the whole backbone opens at once; "gradual": one layer group after the other, next to
+    # the head first
+    unfreeze: str = "all"
     unfreeze_every: int = 1  # epochs between two openings when `unfreeze` is "gradual"
     clip: float = 1.0  # largest norm of the gradient of all parameters together; 0: no clipping
-    average: float = 0.0  # decay a step of a running average of the weights that is validated and kept, in [0, 1); 0: the weights themselves
-    patience: int = 8  # epochs without a better `monitor` before the training stops; 0: never stop early
+    # decay a step of a running average of the weights that is validated and kept, in [0, 1); 0: the
+    # weights themselves
+    average: float = 0.0
+    # epochs without a better `monitor` before the training stops; 0: never stop early
+    patience: int = 8
     monitor: str = "macro_f1"  # name of a score, or "val_loss" or "train_loss"
     mode: str = "max"  # "max" if a larger monitor is better, "min" if a smaller one is
-    amp: bool | str = "auto"  # mixed precision: True, False, or "auto" (on for CUDA, off for the CPU)
-    device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:<n>"; with several processes "auto" and "cuda" are each one's own GPU
+    # mixed precision: True, False, or "auto" (on for CUDA, off for the CPU)
+    amp: bool | str = "auto"
+    # "auto", "cpu", "cuda" or "cuda:<n>"; with several processes "auto" and "cuda" are each one's
+    # own GPU
+    device: str = "auto"
     seed: int = 42  # seed of everything random in the training
-    resume: bool = True  # continue from a state file if there is one; False: start afresh and overwrite it
+    # continue from a state file if there is one; False: start afresh and overwrite it
+    resume: bool = True
 
     def __post_init__(self):
         rules = {
-            "epochs": (self.epochs >= 1, "at least 1"), "batch_size": (self.batch_size >= 1, "at least 1"),
-            "lr_head": (self.lr_head > 0, "above 0"), "lr_backbone": (self.lr_backbone >= 0, "0 or more"),
-            "layer_decay": (0 < self.layer_decay <= 1, "in (0, 1]"), "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "schedule": (self.schedule in ("cosine", "onecycle", "constant"), "'cosine', 'onecycle' or 'constant'"),
-            "warmup_epochs": (0 <= self.warmup_epochs < self.epochs, f"0 or more and below the {self.epochs} epochs"),
-            "frozen_epochs": (self.frozen_epochs >= 0, "0 or more"), "clip": (self.clip >= 0, "0 (no clipping) or more"),
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "lr_head": (self.lr_head > 0, "above 0"),
+            "lr_backbone": (self.lr_backbone >= 0, "0 or more"),
+            "layer_decay": (0 < self.layer_decay <= 1, "in (0, 1]"),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "schedule": (
+                self.schedule in ("cosine", "onecycle", "constant"),
+                "'cosine', 'onecycle' or 'constant'",
+            ),
+            "warmup_epochs": (
+                0 <= self.warmup_epochs < self.epochs,
+                f"0 or more and below the {self.epochs} epochs",
+            ),
+            "frozen_epochs": (self.frozen_epochs >= 0, "0 or more"),
+            "clip": (self.clip >= 0, "0 (no clipping) or more"),
             "average": (0 <= self.average < 1, "0 (no averaging) or more, and below 1"),
             "unfreeze": (self.unfreeze in ("all", "gradual"), "'all' or 'gradual'"),
-            "unfreeze_every": (self.unfreeze_every >= 1, "at least 1"), "patience": (self.patience >= 0, "0 (never stop early) or more"),
-            "mode": (self.mode in ("max", "min"), "'max' or 'min'"), "amp": (self.amp in (True, False, "auto"), "True, False or 'auto'"),
+            "unfreeze_every": (self.unfreeze_every >= 1, "at least 1"),
+            "patience": (self.patience >= 0, "0 (never stop early) or more"),
+            "mode": (self.mode in ("max", "min"), "'max' or 'min'"),
+            "amp": (self.amp in (True, False, "auto"), "True, False or 'auto'"),
         }
         for name, (holds, meaning) in rules.items():
-            if not holds: raise ValueError(f"TrainConfig: {name} is {getattr(self, name)!r}; it must be {meaning}.")
+            if not holds:
+                raise ValueError(
+                    f"TrainConfig: {name} is {getattr(self, name)!r}; it must be {meaning}."
+                )
 
 # %% ../nbs/08_training.ipynb #6965f7b7
 def process() -> tuple[int, int]:
-    "(number of this process, number of processes) of the launch it belongs to (`accelerate launch`, accelerate's `notebook_launcher`, `torchrun`); (0, 1) without one."
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    """(number of this process, number of processes) of the launch it belongs to (`accelerate
+    launch`, accelerate's `notebook_launcher`, `torchrun`); (0, 1) without one.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1: return 0, 1
-    if "RANK" not in os.environ: raise ValueError(f"WORLD_SIZE says {world} processes, but RANK does not say which this is; start with accelerate launch, or unset WORLD_SIZE.")
+    if world == 1:
+        return 0, 1
+    if "RANK" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE says {world} processes, but RANK does not say which this is; start with"
+            " accelerate launch, or unset WORLD_SIZE."
+        )
     return int(os.environ["RANK"]), world
 
 # %% ../nbs/08_training.ipynb #c63620c6
 def pick_device(
     name="auto",  # "auto", "cpu", "cuda" or "cuda:<n>"
 ) -> torch.device:
-    """The device called `name`; "auto" is CUDA where available and else the CPU. Raises `ValueError` for a device that is not there.
+    """The device called `name`; "auto" is CUDA where available and else the CPU.
 
-    With several processes (see `process`) each has the GPU of its number on its machine, and "auto" is the CPU after `accelerate launch --cpu`.
+    Raises `ValueError` for a device that is not there.
+
+    With several processes (see `process`) each has the GPU of its number on its machine, and "auto"
+    is the CPU after `accelerate launch --cpu`.
     """
     _, world = process()
-    if name == "auto": name = "cuda" if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes") else "cpu"
+    if name == "auto":
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+            else "cpu"
+        )
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if world > 1 and name.startswith("cuda"):
-        if name not in ("cuda", own): raise ValueError(f"device={name!r} was asked for, but this is one of {world} processes and has {own}; use device='auto'.")
+        if name not in ("cuda", own):
+            raise ValueError(
+                f"device={name!r} was asked for, but this is one of {world} processes and has"
+                f" {own}; use device='auto'."
+            )
         name = own
-    try: device = torch.device(name)
-    except RuntimeError as error: raise ValueError(f"device={name!r} is no device; use 'auto', 'cpu', 'cuda' or 'cuda:0'.") from error
-    if device.type not in ("cpu", "cuda"): raise ValueError(f"device={name!r} is not supported; use 'auto', 'cpu' or 'cuda'.")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={name!r} is no device; use 'auto', 'cpu', 'cuda' or 'cuda:0'."
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} is not supported; use 'auto', 'cpu' or 'cuda'.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; "
-                         "use device='cpu' or 'auto'.")
+        raise ValueError(
+            f"device={name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA"
+            " devices; use device='cpu' or 'auto'."
+        )
     return device
 
 # %% ../nbs/08_training.ipynb #fea489b8
@@ -123,16 +186,24 @@ def has_bf16(
     device,  # torch.device or its name
 ) -> bool:
     "Whether a device computes in bfloat16 by itself."
-    return torch.cuda.is_bf16_supported(including_emulation=False) if torch.device(device).type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if torch.device(device).type == "cuda"
+        else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def autocast_dtype(
     device,  # torch.device the training runs on
     amp="auto",  # True, False or "auto"
 ):
-    "The reduced precision for `device`: torch.bfloat16, torch.float16 (needs a gradient scaler), or None for plain float32."
-    if amp is False or (amp == "auto" and device.type == "cpu"): return None
-    if device.type == "cpu": return torch.bfloat16
+    """The reduced precision for `device`: torch.bfloat16, torch.float16 (needs a gradient scaler),
+    or None for plain float32.
+    """
+    if amp is False or (amp == "auto" and device.type == "cpu"):
+        return None
+    if device.type == "cpu":
+        return torch.bfloat16
     return torch.bfloat16 if has_bf16(device) else torch.float16
 
 # %% ../nbs/08_training.ipynb #a6c5acab
@@ -140,11 +211,13 @@ def set_seed(
     seed,  # any integer from 0 to 2**32 − 1
 ):
     "Seed python, numpy and torch (every device), and ask torch for deterministic algorithms."
-    if not 0 <= seed < 2**32: raise ValueError(f"seed is {seed}; it must lie from 0 to {2**32 - 1}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; it must lie from 0 to {2**32 - 1}.")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+    # cuBLAS is deterministic only with a fixed workspace
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
 
@@ -152,10 +225,17 @@ def set_seed(
 def rng_state(
     generators=(),  # further torch.Generators to keep, in a fixed order
 ) -> dict:
-    "State of python's, numpy's and torch's global generators and of `generators`, as plain values and tensors."
+    """State of python's, numpy's and torch's global generators and of `generators`, as plain values
+    and tensors.
+    """
     kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), position, has_gauss, cached], "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], "generators": [g.get_state() for g in generators]}
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "generators": [g.get_state() for g in generators],
+    }
 
 # %% ../nbs/08_training.ipynb #f659710f
 def set_rng_state(
@@ -164,22 +244,29 @@ def set_rng_state(
 ):
     "Put all generators back to `state`. Raises `ValueError` if the number of generators differs."
     if len(state["generators"]) != len(generators):
-        raise ValueError(f"The state holds {len(state['generators'])} torch generators but {len(generators)} were given; "
-                         "pass the same ones.")
+        raise ValueError(
+            f"The state holds {len(state['generators'])} torch generators but {len(generators)}"
+            " were given; pass the same ones."
+        )
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"][:torch.cuda.device_count()]])
-    for generator, saved in zip(generators, state["generators"]): generator.set_state(saved.cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"][: torch.cuda.device_count()]])
+    for generator, saved in zip(generators, state["generators"]):
+        generator.set_state(saved.cpu())
 
 # %% ../nbs/08_training.ipynb #1c861007
 def save_torch(
     content,  # tensors, numbers, strings, lists, tuples and dictionaries of them
     path,  # file to write
 ):
-    "Write `content` with `torch.save`, whole or not at all. Raises `OSError` when the file cannot be written, for instance on a full disk."
+    """Write `content` with `torch.save`, whole or not at all.
+
+    Raises `OSError` when the file cannot be written, for instance on a full disk.
+    """
     buffer = io.BytesIO()  # torch.save into a file would hide why the writing failed
     torch.save(content, buffer)
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
@@ -192,15 +279,25 @@ def save_json(
     content,  # dictionaries, lists, tuples, strings, numbers, None, numpy numbers and arrays
     path,  # file to write
 ):
-    "Write `content` as JSON, whole or not at all; numbers that are not finite become null. Raises `TypeError` for what JSON cannot say."
+    """Write `content` as JSON, whole or not at all; numbers that are not finite become null.
+
+    Raises `TypeError` for what JSON cannot say.
+    """
+
     def plain(value):
-        if isinstance(value, dict): return {str(key): plain(entry) for key, entry in value.items()}
-        if isinstance(value, (list, tuple)): return [plain(entry) for entry in value]
-        if isinstance(value, (np.ndarray, np.generic, torch.Tensor)): return plain(value.tolist())
-        if isinstance(value, float) and not math.isfinite(value): return None
+        if isinstance(value, dict):
+            return {str(key): plain(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(entry) for entry in value]
+        if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+            return plain(value.tolist())
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
         return value
+
     text = json.dumps(plain(content), indent=1, allow_nan=False)
-    with atomic_file(path) as temporary: temporary.write_text(text + "\n", encoding="utf-8")
+    with atomic_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 # %% ../nbs/08_training.ipynb #feab58bd
 def open_groups(
@@ -209,8 +306,10 @@ def open_groups(
     config,  # TrainConfig
 ) -> int:
     "How many layer groups of the backbone, counted from the head, are trained in `epoch`."
-    if epoch <= config.frozen_epochs: return 0
-    if config.unfreeze == "all": return n_groups
+    if epoch <= config.frozen_epochs:
+        return 0
+    if config.unfreeze == "all":
+        return n_groups
     return min(n_groups, 1 + (epoch - config.frozen_epochs - 1) // config.unfreeze_every)
 
 # %% ../nbs/08_training.ipynb #f40541c1
@@ -220,20 +319,32 @@ def parameter_groups(
     config,  # TrainConfig
     objective=None,  # module with parameters of its own, if any
 ) -> list[dict]:
-    """All parameters of `model` and `objective` as optimiser groups named backbone_0 …, head, objective, each exactly once.
+    """All parameters of `model` and `objective` as optimiser groups named backbone_0 …, head,
+    objective, each exactly once.
 
-    Rate of backbone group i of n: lr_backbone · layer_decay^(n−1−i). Raises `ValueError` if two layer groups share a parameter.
+    Rate of backbone group i of n: lr_backbone · layer_decay^(n−1−i). Raises `ValueError` if two
+    layer groups share a parameter.
     """
     result, seen = [], set()
     for i, group in enumerate(groups):
         parameters = [p for module in modules_of(group) for p in module.parameters()]
-        if seen & set(map(id, parameters)): raise ValueError(f"Layer group {i} of the backbone shares parameters with an earlier group.")
+        if seen & set(map(id, parameters)):
+            raise ValueError(
+                f"Layer group {i} of the backbone shares parameters with an earlier group."
+            )
         seen |= set(map(id, parameters))
         rate = config.lr_backbone * config.layer_decay ** (len(groups) - 1 - i)
         result.append({"name": f"backbone_{i}", "params": parameters, "lr": rate})
-    result.append({"name": "head", "params": [p for p in model.parameters() if id(p) not in seen], "lr": config.lr_head})
+    result.append({
+        "name": "head",
+        "params": [p for p in model.parameters() if id(p) not in seen],
+        "lr": config.lr_head,
+    })
     own = list(objective.parameters()) if isinstance(objective, nn.Module) else []
-    if own: result.append({"name": "objective", "params": own, "lr": config.lr_head, "weight_decay": 0.0})
+    if own:
+        result.append(
+            {"name": "objective", "params": own, "lr": config.lr_head, "weight_decay": 0.0}
+        )
     return result
 
 
@@ -247,12 +358,15 @@ def train_mode(
     groups,  # the backbone's layer groups, shallowest first
     n_open,  # how many groups, counted from the head, are trained
 ):
-    "Training mode, except for the frozen layer groups: no gradients, and evaluation mode (fixed batch normalisation, no dropout)."
+    """Training mode, except for the frozen layer groups: no gradients, and evaluation mode (fixed
+    batch normalisation, no dropout).
+    """
     model.train()
     model.backbone.train(n_open > 0)  # with nothing open, also what stands between the groups
     for i, group in enumerate(groups):
         is_open = i >= len(groups) - n_open
-        for module in modules_of(group): module.train(is_open).requires_grad_(is_open)
+        for module in modules_of(group):
+            module.train(is_open).requires_grad_(is_open)
 
 # %% ../nbs/08_training.ipynb #cef4fd40
 def make_scheduler(
@@ -263,22 +377,32 @@ def make_scheduler(
     "The schedule of `config` over all its steps; call `.step()` after every batch."
     total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "onecycle":
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=total + 1)
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, [g["lr"] for g in optimizer.param_groups], total_steps=total + 1
+        )
 
     def factor(step):
-        if step < warmup: return (step + 1) / (warmup + 1)
-        return 1.0 if config.schedule == "constant" else (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return (
+            1.0
+            if config.schedule == "constant"
+            else (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+        )
+
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 # %% ../nbs/08_training.ipynb #d5ef267a
 @dataclass
 class History:
     "What happened in each epoch of one training."
+
     prefix: str  # name of the training, such as "stage1"
     monitor: str = "macro_f1"  # the score that decides which epoch is best
     mode: str = "max"  # "max" or "min"
     rows: list[dict] = field(default_factory=list)  # one dictionary of plain numbers an epoch
-    TIMES = ("seconds", "train_seconds", "data_seconds", "data_share")  # columns that differ between two equal trainings
+    # columns that differ between two equal trainings
+    TIMES = ("seconds", "train_seconds", "data_seconds", "data_share")
 
     @property
     def best(self) -> dict | None:
@@ -287,13 +411,18 @@ class History:
         return max(self.rows, key=lambda row: sign * row[self.monitor]) if self.rows else None
 
     def frame(self, times=True) -> pd.DataFrame:
-        "The history as a table with the epoch as index, with or without the columns that measure time."
+        """The history as a table with the epoch as index, with or without the columns that measure
+        time.
+        """
         frame = pd.DataFrame(self.rows, columns=None if self.rows else ["epoch"]).set_index("epoch")
         return frame if times else frame.drop(columns=list(self.TIMES), errors="ignore")
 
     def save(self, path):
         "Write the history as plain values, whole or not at all."
-        save_torch({"prefix": self.prefix, "monitor": self.monitor, "mode": self.mode, "rows": self.rows}, path)
+        save_torch(
+            {"prefix": self.prefix, "monitor": self.monitor, "mode": self.mode, "rows": self.rows},
+            path,
+        )
 
     @classmethod
     def load(cls, path) -> "History":
@@ -306,10 +435,14 @@ def should_stop(
     config,  # TrainConfig
     n_groups,  # layer groups of the backbone
 ) -> bool:
-    "Whether the monitor has not improved for `patience` epochs, counted from the best epoch or from the last change in what is trained."
-    if not history.rows or not config.patience: return False
+    """Whether the monitor has not improved for `patience` epochs, counted from the best epoch or
+    from the last change in what is trained.
+    """
+    if not history.rows or not config.patience:
+        return False
     opened = [open_groups(epoch, n_groups, config) for epoch in range(1, config.epochs + 1)]
-    settled = max((i for i in range(1, config.epochs) if opened[i] != opened[i - 1]), default=0)  # epochs before the last change
+    # epochs before the last change
+    settled = max((i for i in range(1, config.epochs) if opened[i] != opened[i - 1]), default=0)
     return len(history.rows) - max(history.best["epoch"], settled) >= config.patience
 
 # %% ../nbs/08_training.ipynb #66f8feae
@@ -318,38 +451,60 @@ def not_finite(
     epoch,  # epoch, from 1
     batch,  # batch in that epoch, from 1
     config,  # TrainConfig
-    source=None,  # the batches; their `batch_ids` and `blocks.where`, where present, say which blocks these are
+    # the batches; their `batch_ids` and `blocks.where`, where present, say which blocks these are
+    source=None,
 ) -> TrainingError:
     "The error for a loss or gradient that is NaN or infinite."
     ids, blocks, named = getattr(source, "batch_ids", None), getattr(source, "blocks", None), ""
     if ids is not None:
         ids = torch.as_tensor(ids).tolist()
-        named = f" (blocks {', '.join(map(str, ids[:8]))}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
+        named = (
+            " (blocks"
+            f" {', '.join(map(str, ids[:8]))}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
+        )
         named += f": {blocks.where(ids)})" if hasattr(blocks, "where") else ")"
-    return TrainingError(f"The {what} is not finite in epoch {epoch}, batch {batch}{named}; the last completed epoch is kept. "
-                         f"Use learning rates ten times lower (lr_head={config.lr_head / 10:g}, lr_backbone={config.lr_backbone / 10:g}) "
-                         "and look at these blocks.")
+    return TrainingError(
+        f"The {what} is not finite in epoch {epoch}, batch {batch}{named}; the last completed epoch"
+        f" is kept. Use learning rates ten times lower (lr_head={config.lr_head / 10:g},"
+        f" lr_backbone={config.lr_backbone / 10:g}) and look at these blocks."
+    )
 
 # %% ../nbs/08_training.ipynb #fc003186
 @contextmanager
 def memory_explained(
     batch_size,  # blocks in a batch
 ):
-    "Turns an out-of-memory error inside the block into a `TrainingError` that says which batch size to use instead."
-    try: yield
+    """Turns an out-of-memory error inside the block into a `TrainingError` that says which batch
+    size to use instead.
+    """
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         texts = ("out of memory", "can't allocate memory", "not enough memory")
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(text in str(error).lower() for text in texts): raise
-        advice = f"lower batch_size from {batch_size} to {batch_size // 2}" if batch_size > 1 else "use a smaller model, batch_size is 1"
-        raise TrainingError(f"Out of memory: {advice}. ({str(error).splitlines()[0] if str(error) else 'MemoryError'})") from error
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+            text in str(error).lower() for text in texts
+        ):
+            raise
+        advice = (
+            f"lower batch_size from {batch_size} to {batch_size // 2}"
+            if batch_size > 1
+            else "use a smaller model, batch_size is 1"
+        )
+        raise TrainingError(
+            f"Out of memory: {advice}."
+            f" ({str(error).splitlines()[0] if str(error) else 'MemoryError'})"
+        ) from error
 
 # %% ../nbs/08_training.ipynb #dd51fa28
 @contextmanager
 def interruption_explained(
     state_file,  # the state file of the training
 ):
-    "Says, when the block is interrupted from the keyboard, where the training can be continued, and lets the interruption go on."
-    try: yield
+    """Says, when the block is interrupted from the keyboard, where the training can be continued,
+    and lets the interruption go on.
+    """
+    try:
+        yield
     except KeyboardInterrupt:
         kept = f"{state_file} keeps the last completed epoch, the same call continues there"
         print(f"\nInterrupted: {kept if Path(state_file).exists() else 'no epoch is complete'}.")
@@ -364,8 +519,18 @@ def progress_bar(
 ) -> tqdm:
     "A progress bar in plain characters on the standard output."
     interactive = sys.stdout.isatty()
-    return tqdm(total=total, initial=initial, desc=prefix, unit="batch", file=sys.stdout, ascii=True, disable=not show,
-                mininterval=0.3 if interactive else 5.0, ncols=None if interactive else 140, dynamic_ncols=interactive)
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=prefix,
+        unit="batch",
+        file=sys.stdout,
+        ascii=True,
+        disable=not show,
+        mininterval=0.3 if interactive else 5.0,
+        ncols=None if interactive else 140,
+        dynamic_ncols=interactive,
+    )
 
 # %% ../nbs/08_training.ipynb #3d20165d
 class _Sum(torch.autograd.Function):
@@ -374,26 +539,31 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value):
         from accelerate.utils import reduce
+
         return reduce(value, "sum")
 
     @staticmethod
     def backward(ctx, gradient):
         from accelerate.utils import reduce
+
         return reduce(gradient.contiguous(), "sum")
 
 
 def _put_together(part, start, total):
     "The parts [n, …] of all processes as [total, …]; this one's begins at `start`."
     whole = part.new_zeros(total, *part.shape[1:])
-    whole[start:start + len(part)] = part
+    whole[start : start + len(part)] = part
     return _Sum.apply(whole)
 
 
 class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm [B, C, …] with the statistics of the parts of all processes together, on any device; in evaluation mode it is the ordinary one.
+    """Batch norm [B, C, …] with the statistics of the parts of all processes together, on any
+    device; in evaluation mode it is the ordinary one.
 
-    Means and squared deviations of the parts are joined as in Chan, Golub and LeVeque (1979), Updating Formulae and a Pairwise Algorithm for Computing Sample Variances.
+    Means and squared deviations of the parts are joined as in Chan, Golub and LeVeque (1979),
+    Updating Formulae and a Pairwise Algorithm for Computing Sample Variances.
     """
+
     @classmethod
     def convert(
         cls,
@@ -401,15 +571,22 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     ):
         "Let every batch norm of `model` share its statistics."
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm): module.__class__ = cls
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.__class__ = cls
 
     def _check_input_dim(self, x):
-        if x.ndim < 2: raise ValueError(f"batch norm needs [batch, channels, …], but got {list(x.shape)}.")
+        if x.ndim < 2:
+            raise ValueError(f"batch norm needs [batch, channels, …], but got {list(x.shape)}.")
 
     def forward(self, x):
-        if not self.training: return super().forward(x)
+        if not self.training:
+            return super().forward(x)
         self._check_input_dim(x)
-        (rank, world), dims, shape = process(), [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
+        (rank, world), dims, shape = (
+            process(),
+            [d for d in range(x.ndim) if d != 1],
+            [1, -1] + [1] * (x.ndim - 2),
+        )
         wide, n = x.float(), x.numel() // x.shape[1]
         mean = wide.sum(dims) / max(n, 1)
         spread = (wide - mean.view(shape)).square().sum(dims)
@@ -421,7 +598,9 @@ class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
-                momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+                momentum = (
+                    1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+                )
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(variance * total / (total - 1), momentum)
         scale = torch.rsqrt(variance + self.eps) * (1 if self.weight is None else self.weight)
@@ -438,14 +617,25 @@ class Processes:
     ):
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no",  # precision is the trainer's matter
-                                       kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])  # the others wait while the main process validates
-        if self.accelerator.device.type != device.type: raise ValueError(f"accelerate was started for {self.accelerator.device.type} but the training for {device.type}; use device='auto'.")
+
+        # precision is the trainer's matter
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="no",
+            # the others wait while the main process validates
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
+        if self.accelerator.device.type != device.type:
+            raise ValueError(
+                f"accelerate was started for {self.accelerator.device.type} but the training for"
+                f" {device.type}; use device='auto'."
+            )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
 
     def send(self, value):
         "The main process's `value` in every process."
         from accelerate.utils import broadcast_object_list
+
         return broadcast_object_list([value])[0]
 
     def divide(
@@ -453,10 +643,18 @@ class Processes:
         model,
         batch,  # (x, target, *inputs): the whole batch, or this process's part
         divided: bool,  # it is a part
-    ) -> tuple:  # (model whose answers are those of the whole batch, (own x, whole target, *own inputs))
-        "This process's part of a batch, for an objective that shall see the answers and the target of the whole."
+        # (model whose answers are those of the whole batch, (own x, whole target, *own inputs))
+    ) -> tuple:
+        """This process's part of a batch, for an objective that shall see the answers and the
+        target of the whole.
+        """
         x, target, *inputs = batch
-        if divided: start, total, target = self.rank * len(x), self.world * len(x), self.accelerator.gather(target)
+        if divided:
+            start, total, target = (
+                self.rank * len(x),
+                self.world * len(x),
+                self.accelerator.gather(target),
+            )
         else:
             total = len(x)
             start, stop = (total * i // self.world for i in (self.rank, self.rank + 1))
@@ -467,31 +665,48 @@ class Processes:
         self,
         parameters,  # the same in every process
     ):
-        "Replace the gradients by their means over the processes; a parameter without one anywhere stays so."
-        flat = torch.cat([torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device),
-                          *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters)])
-        present, *parts = self.accelerator.reduce(flat, "mean").split([len(parameters), *(p.numel() for p in parameters)])
+        """Replace the gradients by their means over the processes; a parameter without one anywhere
+        stays so.
+        """
+        flat = torch.cat([
+            torch.tensor(
+                [p.grad is not None for p in parameters],
+                dtype=torch.float32,
+                device=parameters[0].device,
+            ),
+            *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters),
+        ])
+        present, *parts = self.accelerator.reduce(flat, "mean").split(
+            [len(parameters), *(p.numel() for p in parameters)]
+        )
         for parameter, has, part in zip(parameters, present.tolist(), parts):
-            if not has: continue
-            if parameter.grad is None: parameter.grad = torch.empty_like(parameter)
+            if not has:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
             parameter.grad.copy_(part.view_as(parameter))
 
 
 class _Joined:
     "A model as the objective sees it: called with a part of the batch, it answers for the whole."
 
-    def __init__(self, model, start, total): self.model, self.place = model, (start, total)
+    def __init__(self, model, start, total):
+        self.model, self.place = model, (start, total)
 
-    def __call__(self, *inputs): return _put_together(self.model(*inputs), *self.place)
+    def __call__(self, *inputs):
+        return _put_together(self.model(*inputs), *self.place)
 
-    def features(self, *inputs): return _put_together(self.model.features(*inputs), *self.place)
+    def features(self, *inputs):
+        return _put_together(self.model.features(*inputs), *self.place)
 
-    def __getattr__(self, name): return getattr(self.model, name)
+    def __getattr__(self, name):
+        return getattr(self.model, name)
 
 
 def leave():
     "Part from the other processes, at the end of a program; nothing without them."
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 # %% ../nbs/08_training.ipynb #7996c1e7
 def running_average(
@@ -500,22 +715,29 @@ def running_average(
     value,  # of this step
     steps,  # steps before this one
 ):
-    "Exponential average that forgets faster at first, so that the beginning does not linger; counters and other integers are taken as they are."
-    if not mean.is_floating_point(): return value
+    """Exponential average that forgets faster at first, so that the beginning does not linger;
+    counters and other integers are taken as they are.
+    """
+    if not mean.is_floating_point():
+        return value
     return torch.lerp(mean, value.to(mean.dtype), 1 - min(decay, (1 + steps) / (10 + steps)))
 
 
 class Trainer:
     """The training loop of every stage: for each batch predict, loss, backward, step.
 
-    `train` and `val` have a length and yield (x, target, further inputs of the model…). Of `train` are used, where present:
-    `set_epoch(epoch)`, `batch_size` (must equal the setting), `batch_ids` (indices of the blocks just yielded) and
-    `blocks.where(batch_ids)` (these in words). `objective(model, x, target, *inputs)` returns (loss, logits); an objective that is a
-    module follows the model's device and mode, and its state is saved. `score(logits, labels)` gets the whole validation set on the
-    CPU, logits as float32. With several processes (see `process`) `processes` connects them, otherwise it is None; batches whose `world` is the
-    number of processes give this one's part, all others must give the same in every process and are divided here.
-    Raises `TrainingError` when loss or gradient are not finite or memory runs out, `ValueError` when settings and batches disagree.
+    `train` and `val` have a length and yield (x, target, further inputs of the model…). Of `train`
+    are used, where present: `set_epoch(epoch)`, `batch_size` (must equal the setting), `batch_ids`
+    (indices of the blocks just yielded) and `blocks.where(batch_ids)` (these in words).
+    `objective(model, x, target, *inputs)` returns (loss, logits); an objective that is a module
+    follows the model's device and mode, and its state is saved. `score(logits, labels)` gets the
+    whole validation set on the CPU, logits as float32. With several processes (see `process`)
+    `processes` connects them, otherwise it is None; batches whose `world` is the number of
+    processes give this one's part, all others must give the same in every process and are divided
+    here. Raises `TrainingError` when loss or gradient are not finite or memory runs out,
+    `ValueError` when settings and batches disagree.
     """
+
     def __init__(
         self,
         model,  # module with `backbone` and `head`
@@ -524,32 +746,61 @@ class Trainer:
         objective,  # objective(model, x, target, *inputs) -> (loss, logits)
         score,  # score(logits, labels) -> dictionary of numbers
         config,  # TrainConfig
-        layer_groups=backbone_layer_groups,  # layer_groups(backbone) -> layer groups, shallowest first
+        # layer_groups(backbone) -> layer groups, shallowest first
+        layer_groups=backbone_layer_groups,
     ):
         if getattr(train, "batch_size", config.batch_size) != config.batch_size:
-            raise ValueError(f"The training batches hold {train.batch_size} blocks but batch_size is {config.batch_size}; "
-                             "use the same number.")
+            raise ValueError(
+                f"The training batches hold {train.batch_size} blocks but batch_size is"
+                f" {config.batch_size}; use the same number."
+            )
         for name, batches in (("training", train), ("validation", val)):
-            if not len(batches): raise ValueError(f"There is no {name} batch; at least one is needed.")
+            if not len(batches):
+                raise ValueError(f"There is no {name} batch; at least one is needed.")
         self.device, self.config, (_, world) = pick_device(config.device), config, process()
         self.divided = getattr(train, "world", 1) > 1
-        if self.divided and train.world != world: raise ValueError(f"The training batches are divided among {train.world} processes, but there are {world}; make them with the numbers of training.process().")
-        if config.batch_size % world: raise ValueError(f"batch_size is {config.batch_size}; it must be divisible by the {world} processes.")
+        if self.divided and train.world != world:
+            raise ValueError(
+                f"The training batches are divided among {train.world} processes, but there are"
+                f" {world}; make them with the numbers of training.process()."
+            )
+        if config.batch_size % world:
+            raise ValueError(
+                f"batch_size is {config.batch_size}; it must be divisible by the {world} processes."
+            )
         self.processes = Processes(self.device) if world > 1 else None
-        self.main = self.processes is None or self.processes.rank == 0  # the process that validates and writes
+        # the process that validates and writes
+        self.main = self.processes is None or self.processes.rank == 0
         self.model, self.objective = model.to(self.device), objective
-        if isinstance(objective, nn.Module): objective.to(self.device)
-        self.train, self.val, self.score, self.shown = train, val, score, {}  # shown: scores of the last epoch, for the progress bar
+        if isinstance(objective, nn.Module):
+            objective.to(self.device)
+        # shown: scores of the last epoch, for the progress bar
+        self.train, self.val, self.score, self.shown = train, val, score, {}
         if self.processes:
             SharedBatchNorm.convert(model)
             for module in (model, objective):
-                if isinstance(module, nn.Module): module.load_state_dict(self.from_main(lambda: {name: value.cpu() for name, value in module.state_dict().items()}))
+                if isinstance(module, nn.Module):
+                    module.load_state_dict(
+                        self.from_main(
+                            lambda: {
+                                name: value.cpu() for name, value in module.state_dict().items()
+                            }
+                        )
+                    )
         self.groups = list(layer_groups(model.backbone))
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, self.groups, config, objective), weight_decay=config.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, self.groups, config, objective),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
         self.scheduler = make_scheduler(self.optimizer, config, len(train))
         self.dtype = autocast_dtype(self.device, config.amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        self.averaged = AveragedModel(model, avg_fn=partial(running_average, config.average), use_buffers=True) if config.average else None
+        self.averaged = (
+            AveragedModel(model, avg_fn=partial(running_average, config.average), use_buffers=True)
+            if config.average
+            else None
+        )
 
     @property
     def kept(self):
@@ -569,20 +820,28 @@ class Trainer:
     def step(self, batch, epoch, number) -> float:
         "One update of the weights; returns the loss."
         where = (epoch, number, self.config, self.train)
-        loss, _ = self.predict(*(self.processes.divide(self.model, batch, self.divided) if self.processes else (self.model, batch)))
-        if not torch.isfinite(loss): raise not_finite("training loss", *where)
+        loss, _ = self.predict(*(
+            self.processes.divide(self.model, batch, self.divided)
+            if self.processes
+            else (self.model, batch)
+        ))
+        if not torch.isfinite(loss):
+            raise not_finite("training loss", *where)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.processes: self.processes.average(parameters)
+        if self.processes:
+            self.processes.average(parameters)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):  # a scaler skips such steps itself
+        # a scaler skips such steps itself
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):
             raise not_finite("gradient", *where)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        if self.averaged is not None: self.averaged.update_parameters(self.model)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
         return loss.item()
 
     def batches(self, source):
@@ -590,77 +849,134 @@ class Trainer:
         number, started = 0, time.perf_counter()
         for number, batch in enumerate(source, 1):
             batch = [part.to(self.device, non_blocking=True) for part in batch]
-            if self.device.type == "cuda": torch.cuda.synchronize(self.device)  # else the step would pay for the batch
+            # else the step would pay for the batch
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             yield number, batch, time.perf_counter() - started
             started = time.perf_counter()
         if number != len(source):
-            raise ValueError(f"The batches say that they are {len(source)} but {number} came; their length must be exact.")
+            raise ValueError(
+                f"The batches say that they are {len(source)} but {number} came; their length must"
+                " be exact."
+            )
 
     def train_epoch(self, epoch, bar) -> dict:
-        "One pass over the training batches; returns loss, open layer groups, rates after the last batch, and times."
-        n_open, started, waited, total, blocks = open_groups(epoch, len(self.groups), self.config), time.perf_counter(), 0.0, 0.0, 0
+        """One pass over the training batches; returns loss, open layer groups, rates after the last
+        batch, and times.
+        """
+        n_open, started, waited, total, blocks = (
+            open_groups(epoch, len(self.groups), self.config),
+            time.perf_counter(),
+            0.0,
+            0.0,
+            0,
+        )
         train_mode(self.model, self.groups, n_open)
-        if isinstance(self.objective, nn.Module): self.objective.train()
-        if hasattr(self.train, "set_epoch"): self.train.set_epoch(epoch)
+        if isinstance(self.objective, nn.Module):
+            self.objective.train()
+        if hasattr(self.train, "set_epoch"):
+            self.train.set_epoch(epoch)
         if not self.main:  # dropout of its own, the same after resuming
-            torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.processes.rank, epoch)).generate_state(1, np.uint64)[0] >> 1))
+            torch.manual_seed(
+                int(
+                    np.random.SeedSequence(
+                        (self.config.seed, self.processes.rank, epoch)
+                    ).generate_state(1, np.uint64)[0]
+                    >> 1
+                )
+            )
         for number, batch, seconds in self.batches(self.train):
             n = len(batch[0])
-            total, blocks, waited = total + self.step(batch, epoch, number) * n, blocks + n, waited + seconds
+            total, blocks, waited = (
+                total + self.step(batch, epoch, number) * n,
+                blocks + n,
+                waited + seconds,
+            )
             bar.set_postfix({"loss": f"{total / blocks:.4f}", **self.shown}, refresh=False)
             bar.update()
         seconds = time.perf_counter() - started
         rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
-        return {"train_loss": total / blocks, "open_groups": n_open, **rates,
-                "train_seconds": seconds, "data_seconds": waited, "data_share": waited / seconds}
+        return {
+            "train_loss": total / blocks,
+            "open_groups": n_open,
+            **rates,
+            "train_seconds": seconds,
+            "data_seconds": waited,
+            "data_share": waited / seconds,
+        }
 
     @torch.inference_mode()
     def validate(self, epoch, bar) -> dict:
         "Loss and scores over all validation batches, in evaluation mode."
         self.kept.eval()
-        if isinstance(self.objective, nn.Module): self.objective.eval()
+        if isinstance(self.objective, nn.Module):
+            self.objective.eval()
         total, logits, labels = 0.0, [], []
         for number, batch, _ in self.batches(self.val):
             loss, output = self.predict(self.kept, batch)
-            if not torch.isfinite(loss): raise not_finite("validation loss", epoch, number, self.config, self.val)
+            if not torch.isfinite(loss):
+                raise not_finite("validation loss", epoch, number, self.config, self.val)
             total += loss.item() * len(output)
             logits.append(output.float().cpu())
             labels.append(batch[1].cpu())
             bar.update()
         labels = torch.cat(labels)
-        scores = {name: float(value) for name, value in self.score(torch.cat(logits), labels).items() if isinstance(value, numbers.Real)}
+        scores = {
+            name: float(value)
+            for name, value in self.score(torch.cat(logits), labels).items()
+            if isinstance(value, numbers.Real)
+        }
         return {"val_loss": total / len(labels), **scores}
 
     def state_dict(self) -> dict:
         "Everything that a training step changes, except the generators of random numbers."
         own = self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
-        return {"model": self.model.state_dict(), "objective": own, "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(),
-                "averaged": self.averaged.state_dict() if self.averaged is not None else {}}
+        return {
+            "model": self.model.state_dict(),
+            "objective": own,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged is not None else {},
+        }
 
     def load_state_dict(self, state):
         "Continue from `state`."
         self.model.load_state_dict(state["model"])
-        if isinstance(self.objective, nn.Module): self.objective.load_state_dict(state["objective"])
+        if isinstance(self.objective, nn.Module):
+            self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.averaged is not None: self.averaged.load_state_dict(state["averaged"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
 
 # %% ../nbs/08_training.ipynb #9e6730f6
-PROVENANCE = ("stage", "hierarchy", "architecture", "head", "class_names", "split_hash")  # what every checkpoint must say about itself
+# what every checkpoint must say about itself
+PROVENANCE = ("stage", "hierarchy", "architecture", "head", "class_names", "split_hash")
 
 
 def complete_provenance(
     model,  # model; what its method `identity()`, if it has one, says of itself is taken over
     provenance,  # dictionary of plain values, or None
 ) -> dict:
-    "`provenance` with the identity of the model. Raises `ValueError` if an entry of `PROVENANCE` is missing or contradicts the model."
+    """`provenance` with the identity of the model.
+
+    Raises `ValueError` if an entry of `PROVENANCE` is missing or contradicts the model.
+    """
     own, given = model.identity() if hasattr(model, "identity") else {}, dict(provenance or {})
-    wrong = [f"{name} is {given[name]!r} but the model says {own[name]!r}" for name in own if name in given and given[name] != own[name]]
-    if wrong: raise ValueError(f"provenance contradicts the model: {'; '.join(wrong)}.")
+    wrong = [
+        f"{name} is {given[name]!r} but the model says {own[name]!r}"
+        for name in own
+        if name in given and given[name] != own[name]
+    ]
+    if wrong:
+        raise ValueError(f"provenance contradicts the model: {'; '.join(wrong)}.")
     missing = [name for name in PROVENANCE if name not in {**own, **given}]
-    if missing: raise ValueError(f"provenance lacks {', '.join(missing)}; a checkpoint must say what it is.")
+    if missing:
+        raise ValueError(
+            f"provenance lacks {', '.join(missing)}; a checkpoint must say what it is."
+        )
     return {**own, **given}
 
 # %% ../nbs/08_training.ipynb #aee99a03
@@ -669,10 +985,22 @@ def checkpoint(
     row,  # that epoch's row of the history
     provenance,  # dictionary with at least the entries of `PROVENANCE`, plain values only
 ) -> dict:
-    "The content of a checkpoint: weights (on the CPU), metrics, settings and provenance. The optimiser's state is only in the state file."
+    """The content of a checkpoint: weights (on the CPU), metrics, settings and provenance.
+
+    The optimiser's state is only in the state file.
+    """
     weights = {name: value.detach().cpu() for name, value in trainer.kept.state_dict().items()}
-    return {"epoch": row["epoch"], "model_state_dict": weights, **{name: provenance[name] for name in PROVENANCE}, "provenance": provenance, "seed": trainer.config.seed,
-            "config": asdict(trainer.config), "metrics": row, "normalisation": "uint16/1023", "av1nb_version": __version__}
+    return {
+        "epoch": row["epoch"],
+        "model_state_dict": weights,
+        **{name: provenance[name] for name in PROVENANCE},
+        "provenance": provenance,
+        "seed": trainer.config.seed,
+        "config": asdict(trainer.config),
+        "metrics": row,
+        "normalisation": "uint16/1023",
+        "av1nb_version": __version__,
+    }
 
 # %% ../nbs/08_training.ipynb #93002d75
 def save_stage(
@@ -691,16 +1019,29 @@ def refuse_difference(
     path,  # the state file, for the message
 ):
     "Raises `TrainingError` that names every entry in which the two differ."
-    def text(identity, name): return repr(identity[name]) if name in identity else "absent"
-    names = [name for name in {**saved, **present} if name not in saved or name not in present or saved[name] != present[name]]
+
+    def text(identity, name):
+        return repr(identity[name]) if name in identity else "absent"
+
+    names = [
+        name
+        for name in {**saved, **present}
+        if name not in saved or name not in present or saved[name] != present[name]
+    ]
     if names:
-        listed = "; ".join(f"{name} was {text(saved, name)} and is now {text(present, name)}" for name in names)
-        raise TrainingError(f"{path} belongs to another training: {listed}. "
-                            "Restore these, choose another folder, or set resume=False to start afresh.")
+        listed = "; ".join(
+            f"{name} was {text(saved, name)} and is now {text(present, name)}" for name in names
+        )
+        raise TrainingError(
+            f"{path} belongs to another training: {listed}. "
+            "Restore these, choose another folder, or set resume=False to start afresh."
+        )
 
 # %% ../nbs/08_training.ipynb #143e549b
 def fit(
-    model,  # module with `backbone` and `head`; built after `set_seed`, or its initial weights are not repeatable
+    # module with `backbone` and `head`; built after `set_seed`, or its initial weights are not
+    # repeatable
+    model,
     train,  # training batches: length, yields (x, target); see `Trainer`
     val,  # validation batches, in a fixed order
     objective,  # objective(model, x, target, *inputs) -> (loss, logits)
@@ -708,88 +1049,179 @@ def fit(
     config,  # TrainConfig
     out_dir,  # folder for the files
     prefix="stage1",  # name of the training, beginning of the file names
-    provenance=None,  # plain values: `split_hash`, what the model does not say itself (see `PROVENANCE`), anything else to keep
+    # plain values: `split_hash`, what the model does not say itself (see `PROVENANCE`), anything
+    # else to keep
+    provenance=None,
     *,
     progress=True,  # show a progress bar
-    generators=(),  # torch.Generators that batches or objective own and do not derive from the epoch
+    # torch.Generators that batches or objective own and do not derive from the epoch
+    generators=(),
     layer_groups=backbone_layer_groups,  # layer_groups(backbone) -> layer groups, shallowest first
 ) -> History:
-    """Train `model`, keep the best epoch, and resume where a killed training stopped; afterwards `model` holds the best weights.
+    """Train `model`, keep the best epoch, and resume where a killed training stopped; afterwards
+    `model` holds the best weights.
 
-    Writes into `out_dir`, each file whole or not at all: `{prefix}_model_best.pt`, `{prefix}_model_final.pt` (checkpoints),
-    `{prefix}_history.pt`, `{prefix}_metrics.json` and `{prefix}_state.pt` (everything needed to continue). With `config.resume` a state
-    file is continued, on a CPU bit for bit as if never interrupted; one that is complete is not trained again. With several processes
-    (see `process`) each calls this, with the same arguments; only the main one reads and writes these files, and all return the same.
-    Raises `TrainingError` (loss not finite, out of memory, state of another training) and `ValueError` (provenance or monitor missing).
+    Writes into `out_dir`, each file whole or not at all: `{prefix}_model_best.pt`,
+    `{prefix}_model_final.pt` (checkpoints), `{prefix}_history.pt`, `{prefix}_metrics.json` and
+    `{prefix}_state.pt` (everything needed to continue). With `config.resume` a state file is
+    continued, on a CPU bit for bit as if never interrupted; one that is complete is not trained
+    again. With several processes (see `process`) each calls this, with the same arguments; only the
+    main one reads and writes these files, and all return the same. Raises `TrainingError` (loss not
+    finite, out of memory, state of another training) and `ValueError` (provenance or monitor
+    missing).
     """
     provenance = complete_provenance(model, provenance)
-    best, final, history_file, metrics, state_file = (Path(out_dir)/f"{prefix}_{name}" for name in (
-        "model_best.pt", "model_final.pt", "history.pt", "metrics.json", "state.pt"))
+    best, final, history_file, metrics, state_file = (
+        Path(out_dir) / f"{prefix}_{name}"
+        for name in ("model_best.pt", "model_final.pt", "history.pt", "metrics.json", "state.pt")
+    )
     set_seed(config.seed)
     trainer = Trainer(model, train, val, objective, score, config, layer_groups)
-    settings = {name: value for name, value in asdict(config).items() if name not in ("resume", "device")}
-    identity = {**settings, **provenance, "device": trainer.device.type, "training batches": len(train), "validation batches": len(val)}
+    settings = {
+        name: value for name, value in asdict(config).items() if name not in ("resume", "device")
+    }
+    identity = {
+        **settings,
+        **provenance,
+        "device": trainer.device.type,
+        "training batches": len(train),
+        "validation batches": len(val),
+    }
     history = History(prefix, config.monitor, config.mode)
 
     def saved():
-        if not (config.resume and state_file.exists()): return None
-        try: state = torch.load(state_file, map_location="cpu", weights_only=True)
+        if not (config.resume and state_file.exists()):
+            return None
+        try:
+            state = torch.load(state_file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch reports a damaged file through many exception types
-            raise TrainingError(f"{state_file} is damaged ({type(error).__name__}); set resume=False to start afresh.") from error
+            raise TrainingError(
+                f"{state_file} is damaged ({type(error).__name__}); set resume=False to start"
+                " afresh."
+            ) from error
         refuse_difference(state["identity"], identity, state_file)
         return state
 
     if state := trainer.from_main(saved):
         history.rows = state["rows"]
-        if state["finished"]: model.load_state_dict(state["trainer"]["model"])
+        if state["finished"]:
+            model.load_state_dict(state["trainer"]["model"])
         else:
             trainer.load_state_dict(state["trainer"])
             set_rng_state(state["random"], generators)
         if trainer.main:
             written = read_checkpoint(best)["epoch"] if best.exists() else None
-            if written != history.best["epoch"] == len(history.rows):  # killed between the two files
+            # killed between the two files
+            if written != history.best["epoch"] == len(history.rows):
                 save_torch(checkpoint(trainer, history.best, provenance), best)
             elif written != history.best["epoch"]:
-                raise TrainingError(f"{best} is {'gone' if written is None else 'of another training'}; restore it or set resume=False.")
+                raise TrainingError(
+                    f"{best} is {'gone' if written is None else 'of another training'}; restore it"
+                    " or set resume=False."
+                )
     elif trainer.main:
-        for file in (state_file, best, final, history_file, metrics): file.unlink(missing_ok=True)
+        for file in (state_file, best, final, history_file, metrics):
+            file.unlink(missing_ok=True)
     if trainer.main:
-        for left in Path(out_dir).glob(f".{prefix}_*.part"): left.unlink()  # of a process killed while it wrote
+        # of a process killed while it wrote
+        for left in Path(out_dir).glob(f".{prefix}_*.part"):
+            left.unlink()
 
     per_epoch = len(train) + len(val)
-    with (interruption_explained(state_file), memory_explained(config.batch_size),
-          progress_bar(config.epochs * per_epoch, prefix, progress and trainer.main, len(history.rows) * per_epoch) as bar):
+    with (
+        interruption_explained(state_file),
+        memory_explained(config.batch_size),
+        progress_bar(
+            config.epochs * per_epoch,
+            prefix,
+            progress and trainer.main,
+            len(history.rows) * per_epoch,
+        ) as bar,
+    ):
         for epoch in range(len(history.rows) + 1, config.epochs + 1):
-            if should_stop(history, config, len(trainer.groups)): break
+            if should_stop(history, config, len(trainer.groups)):
+                break
             started = time.perf_counter()
             bar.set_description(f"{prefix} epoch {epoch}/{config.epochs}", refresh=False)
             trained = trainer.train_epoch(epoch, bar)
-            row = trainer.from_main(lambda: {"epoch": epoch, **trained, **trainer.validate(epoch, bar), "seconds": time.perf_counter() - started})
+            row = trainer.from_main(
+                lambda: {
+                    "epoch": epoch,
+                    **trained,
+                    **trainer.validate(epoch, bar),
+                    "seconds": time.perf_counter() - started,
+                }
+            )
             if not math.isfinite(row.get(config.monitor, math.nan)):
-                usable = [name for name in row if name not in ("epoch", "open_groups", *History.TIMES) and not name.startswith("lr_")]
-                raise ValueError(f"monitor={config.monitor!r} is {row.get(config.monitor, 'not among the scores')} in epoch {epoch}; "
-                                 f"choose one of {', '.join(usable)}.")
+                usable = [
+                    name
+                    for name in row
+                    if name not in ("epoch", "open_groups", *History.TIMES)
+                    and not name.startswith("lr_")
+                ]
+                raise ValueError(
+                    f"monitor={config.monitor!r} is"
+                    f" {row.get(config.monitor, 'not among the scores')} in epoch {epoch}; choose"
+                    f" one of {', '.join(usable)}."
+                )
             history.rows.append(row)
             if trainer.main:
-                save_torch({"identity": identity, "trainer": trainer.state_dict(), "random": rng_state(generators),
-                            "rows": history.rows, "finished": False}, state_file)
-                if history.best["epoch"] == epoch: save_torch(checkpoint(trainer, row, provenance), best)
-            trainer.shown = {config.monitor: f"{row[config.monitor]:.4f}", "best": f"{history.best[config.monitor]:.4f}"}
+                save_torch(
+                    {
+                        "identity": identity,
+                        "trainer": trainer.state_dict(),
+                        "random": rng_state(generators),
+                        "rows": history.rows,
+                        "finished": False,
+                    },
+                    state_file,
+                )
+                if history.best["epoch"] == epoch:
+                    save_torch(checkpoint(trainer, row, provenance), best)
+            trainer.shown = {
+                config.monitor: f"{row[config.monitor]:.4f}",
+                "best": f"{history.best[config.monitor]:.4f}",
+            }
             bar.set_postfix({"loss": f"{row['train_loss']:.4f}", **trainer.shown})
 
     if trainer.main:
         save_torch(checkpoint(trainer, history.rows[-1], provenance), final)
         history.save(history_file)
-        total = {name: sum(row[name] for row in history.rows) for name in ("seconds", "train_seconds", "data_seconds")}
-        save_json({"prefix": prefix, "monitor": config.monitor, "best_epoch": history.best["epoch"],
-                   "best": history.best, "final": history.rows[-1], "epochs": len(history.rows),
-                   "stopped_early": len(history.rows) < config.epochs, **total,
-                   "data_share": total["data_seconds"] / total["train_seconds"], "device": str(trainer.device),
-                   "precision": str(trainer.dtype or torch.float32), **({"processes": trainer.processes.world} if trainer.processes else {}),
-                   "config": asdict(config), "provenance": provenance, "normalisation": "uint16/1023",
-                   "versions": {"av1nb": __version__, "torch": torch.__version__, "python": platform.python_version()}}, metrics)
-        # nothing is left to continue, so the optimiser's state, twice the size of the weights, need not stay
+        total = {
+            name: sum(row[name] for row in history.rows)
+            for name in ("seconds", "train_seconds", "data_seconds")
+        }
+        save_json(
+            {
+                "prefix": prefix,
+                "monitor": config.monitor,
+                "best_epoch": history.best["epoch"],
+                "best": history.best,
+                "final": history.rows[-1],
+                "epochs": len(history.rows),
+                "stopped_early": len(history.rows) < config.epochs,
+                **total,
+                "data_share": total["data_seconds"] / total["train_seconds"],
+                "device": str(trainer.device),
+                "precision": str(trainer.dtype or torch.float32),
+                **({"processes": trainer.processes.world} if trainer.processes else {}),
+                "config": asdict(config),
+                "provenance": provenance,
+                "normalisation": "uint16/1023",
+                "versions": {
+                    "av1nb": __version__,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+            },
+            metrics,
+        )
+        # nothing is left to continue, so the optimiser's state, twice the size of the weights, need
+        # not stay
         kept = {name: part for name, part in trainer.state_dict().items() if name != "optimizer"}
-        save_torch({"identity": identity, "trainer": kept, "rows": history.rows, "finished": True}, state_file)
+        save_torch(
+            {"identity": identity, "trainer": kept, "rows": history.rows, "finished": True},
+            state_file,
+        )
     model.load_state_dict(trainer.from_main(lambda: read_checkpoint(best)["model_state_dict"]))
     return history

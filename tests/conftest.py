@@ -1,4 +1,5 @@
 """One small run of all ten stages, shared by the tests of whole runs."""
+
 import os
 import subprocess
 import sys
@@ -12,8 +13,15 @@ BIN = Path(sys.executable).parent
 
 def av1nb(*arguments, check=True, **environment):
     "Run the console script as a user does; returns the finished process with its output as text."
-    done = subprocess.run([BIN / "av1nb", *map(str, arguments)], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-    if check: assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = subprocess.run(
+        [BIN / "av1nb", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
@@ -23,11 +31,18 @@ def small_run(tmp_path_factory):
     from av1nb import runs
 
     run = runs.RunDirectory(tmp_path_factory.mktemp("runs") / "small")
-    pictures = ["ascent", "brick", "camera", "coffee", "coins", "rocket", "temple", "text"]  # the smaller ones
+    # the smaller ones
+    pictures = ["ascent", "brick", "camera", "coffee", "coins", "rocket", "temple", "text"]
     once = {"epochs": 1, "batch_size": 256, "frozen_epochs": 0}
-    per_stage = {"000_raw": {"pictures": pictures, "excel": False}, "001_prepare_dataset": {"fractions": [0.5, 0.25, 0.25]},
-                 "003_train_stage1": {k: once[k] for k in ("epochs", "batch_size")},
-                 **{name: once for name in ("004_train_stage2", "005_train_stage3_rect", "006_train_stage3_ab")}}
+    per_stage = {
+        "000_raw": {"pictures": pictures, "excel": False},
+        "001_prepare_dataset": {"fractions": [0.5, 0.25, 0.25]},
+        "003_train_stage1": {k: once[k] for k in ("epochs", "batch_size")},
+        **{
+            name: once
+            for name in ("004_train_stage2", "005_train_stage3_rect", "006_train_stage3_ab")
+        },
+    }
     runs.run_stages(runs.PIPELINE, run, {"seed": 1}, per_stage, quiet=True)
     runs.summarise(run)
     return run

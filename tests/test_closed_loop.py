@@ -1,4 +1,7 @@
-"The closed loop as a user meets it: `av1nb encode` on a video, the costs that networks learn from, and the stage that learns from them."
+"""The closed loop as a user meets it: `av1nb encode` on a video, the costs that networks learn
+from, and the stage that learns from them.
+"""
+
 import json
 import re
 import shutil
@@ -19,8 +22,10 @@ from av1nb.streams import LibaomError, read_trees
 
 @pytest.fixture(scope="module")
 def library():
-    try: return encoder.load_encoder()
-    except LibaomError as error: pytest.skip(str(error))
+    try:
+        return encoder.load_encoder()
+    except LibaomError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +37,11 @@ def video(tmp_path_factory):
         track = container.add_stream("ffv1", 25, width=192, height=128, pix_fmt="yuv420p10le")
         for picture in (luma, luma[:, ::-1]):
             frame = av.VideoFrame(192, 128, "yuv420p10le")
-            for plane, values in zip(frame.planes, (picture, *2 * (np.full((64, 96), 512, np.uint16),))):
+            for plane, values in zip(
+                frame.planes, (picture, *2 * (np.full((64, 96), 512, np.uint16),))
+            ):
                 buffer = np.zeros((plane.height, plane.line_size // 2), np.uint16)
-                buffer[:, :plane.width] = values
+                buffer[:, : plane.width] = values
                 plane.update(buffer)
             container.mux(track.encode(frame))
         container.mux(track.encode())
@@ -43,10 +50,25 @@ def video(tmp_path_factory):
 
 def test_a_video_is_encoded_faster_and_decodes(library, video, tmp_path):
     path, luma = video
-    said = av1nb("encode", path, "--out", tmp_path / "out.ivf", "--speed", "4", "--budget", "3", "--cq-level", "43").stdout
-    assert "2 frames of 192×128" in said and "saved, prediction included" in said and "stock" in said
+    said = av1nb(
+        "encode",
+        path,
+        "--out",
+        tmp_path / "out.ivf",
+        "--speed",
+        "4",
+        "--budget",
+        "3",
+        "--cq-level",
+        "43",
+    ).stdout
+    assert (
+        "2 frames of 192×128" in said and "saved, prediction included" in said and "stock" in said
+    )
     trees = list(read_trees(tmp_path / "out.ivf"))
-    assert [(t.width, t.height, *np.unique(t.nodes()["qindex"])) for t in trees] == [(192, 128, 172)] * 2
+    assert [(t.width, t.height, *np.unique(t.nodes()["qindex"])) for t in trees] == [
+        (192, 128, 172)
+    ] * 2
     assert 10 * np.log10(1023**2 / ((trees[0].luma.astype(float) - luma) ** 2).mean()) > 28
     saved = float(re.search(r"(-?[\d.]+)% of the stock encoder's time saved", said)[1])
     assert saved < 100 and (tmp_path / "out.ivf").stat().st_size > 100
@@ -61,20 +83,41 @@ def test_the_planes_are_those_of_the_film(video):
     assert (planes[0][1] == 512).all()
 
 
-@pytest.mark.parametrize("options, message", [
-    (("--budget", "-50"), "keeps a BD-rate of -50 %"), (("--policies", "setup.py"), "holds no policies"), (("--weights", "nothing.pt"), "nothing.pt"), (("--speed", "2", "--policies", "POLICIES"), "no tuned policies for speed 2")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--budget", "-50"), "keeps a BD-rate of -50 %"),
+        (("--policies", "setup.py"), "holds no policies"),
+        (("--weights", "nothing.pt"), "nothing.pt"),
+        (("--speed", "2", "--policies", "POLICIES"), "no tuned policies for speed 2"),
+    ],
+)
 def test_what_cannot_be_done_is_said_and_leaves_nothing(library, video, tmp_path, options, message):
     encoder.save_policies({}, tmp_path / "p.json")
     options = [str(tmp_path / "p.json") if o == "POLICIES" else o for o in options]
     (tmp_path / "out").mkdir()
     done = av1nb("encode", video[0], "--out", tmp_path / "out/x.ivf", *options, check=False)
-    assert done.returncode == 1 and message in done.stderr + done.stdout and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and message in done.stderr + done.stdout
+        and "Traceback" not in done.stderr
+    )
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_without_the_library_no_stock_encode_takes_its_place(video, tmp_path):
-    done = av1nb("encode", video[0], "--out", tmp_path / "x.ivf", check=False, AV1NB_CACHE=str(tmp_path), AV1NB_ENCODER="")
-    assert done.returncode == 1 and "make encoder" in done.stderr and not (tmp_path / "x.ivf").exists()
+    done = av1nb(
+        "encode",
+        video[0],
+        "--out",
+        tmp_path / "x.ivf",
+        check=False,
+        AV1NB_CACHE=str(tmp_path),
+        AV1NB_ENCODER="",
+    )
+    assert (
+        done.returncode == 1 and "make encoder" in done.stderr and not (tmp_path / "x.ivf").exists()
+    )
 
 
 def test_the_shipped_network_and_policies_belong_together():
@@ -88,28 +131,64 @@ def test_the_shipped_network_and_policies_belong_together():
             policy, time, _ = encoder.policy_for(budget, speed)
             masks, _ = encoder.predict_masks(predictor, [luma], 128, policy)
             words = [masks.at(size)[masks.at(size) != 0] for size in LEVELS]
-            shares.append((time, np.concatenate([np.bitwise_count(w & 0x3FF) for w in words]).mean()))
+            shares.append(
+                (time, np.concatenate([np.bitwise_count(w & 0x3FF) for w in words]).mean())
+            )
         assert shares == sorted(shares, reverse=True)  # a larger budget tries less
-    assert encoder.shipped_weights().stat().st_size < 6e6 and encoder.shipped_policies().with_name("CARD.md").is_file()
+    assert (
+        encoder.shipped_weights().stat().st_size < 6e6
+        and encoder.shipped_policies().with_name("CARD.md").is_file()
+    )
 
 
 def test_a_network_learns_from_recorded_costs(library, tmp_path):
-    "Two small sequences: their costs are recorded once, and the stage trains and reports regret on them."
+    """Two small sequences: their costs are recorded once, and the stage trains and reports regret
+    on them.
+    """
     from av1nb import runs
 
     names = ["ascent", "brick", "camera", "coffee", "coins", "text"]
     run = runs.RunDirectory(tmp_path / "run")
-    runs.run_stages(["000_raw", "001_prepare_dataset"], run, {"seed": 1}, {"000_raw": {"pictures": names, "excel": False}, "001_prepare_dataset": {"fractions": [0.5, 0.25, 0.25]}}, quiet=True)
+    runs.run_stages(
+        ["000_raw", "001_prepare_dataset"],
+        run,
+        {"seed": 1},
+        {
+            "000_raw": {"pictures": names, "excel": False},
+            "001_prepare_dataset": {"fractions": [0.5, 0.25, 0.25]},
+        },
+        quiet=True,
+    )
     placed = runs.read_json(run / "dataset/block_16/metadata.json")["assignment"]
     for name in names:
         [picture] = load_sample([name])
         luma = np.zeros_like(picture.luma)  # costs of a corner are enough, the rest has none
-        encoder.record_costs([luma[0, :64, :64] + picture.luma[0, :64, :64]], tmp_path / "costs" / name, (172,), cpu_used=5)
-    runs.run_stages(["011_regret"], run, {"seed": 1}, {"011_regret": {"costs": str(tmp_path / "costs"), "epochs": 1}}, quiet=True)
+        encoder.record_costs(
+            [luma[0, :64, :64] + picture.luma[0, :64, :64]],
+            tmp_path / "costs" / name,
+            (172,),
+            cpu_used=5,
+        )
+    runs.run_stages(
+        ["011_regret"],
+        run,
+        {"seed": 1},
+        {"011_regret": {"costs": str(tmp_path / "costs"), "epochs": 1}},
+        quiet=True,
+    )
     found = runs.read_json(run / "reports/regret.json")
-    assert {row["size"] for row in found["regret"]} == set(LEVELS) and all(row["regret"] >= 0 for row in found["regret"])
+    assert {row["size"] for row in found["regret"]} == set(LEVELS) and all(
+        row["regret"] >= 0 for row in found["regret"]
+    )
     assert {row["qindex"] for row in found["regret"]} == {"all", 172}
     _, content = joint.JointModel.load(run / "models/regret_model_best.pt")
     assert content["provenance"]["objective"]["temperature"] == 0.005
     shutil.rmtree(tmp_path / "costs")
-    with pytest.raises(runs.StageError, match="make them with build_costs"): runs.run_stages(["011_regret"], run, {"seed": 1}, {"011_regret": {"costs": str(tmp_path / "costs"), "epochs": 1}}, quiet=True)
+    with pytest.raises(runs.StageError, match="make them with build_costs"):
+        runs.run_stages(
+            ["011_regret"],
+            run,
+            {"seed": 1},
+            {"011_regret": {"costs": str(tmp_path / "costs"), "epochs": 1}},
+            quiet=True,
+        )

@@ -1,4 +1,5 @@
 """The repository agrees with itself: notebooks, package, README, import order, stored outputs."""
+
 import ast
 import configparser
 import filecmp
@@ -13,13 +14,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted(p for p in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NOTEBOOKS = sorted(
+    p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+)
 BIN = Path(sys.executable).parent
 
 
 def test_exporting_the_notebooks_changes_nothing(tmp_path):
     tree = tmp_path / "tree"
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".venv", "runs", "_docs", "_proc", ".git", "*.egg-info", "__pycache__"))
+    shutil.copytree(
+        ROOT,
+        tree,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(
+            ".venv", "runs", "_docs", "_proc", ".git", "*.egg-info", "__pycache__"
+        ),
+    )
     subprocess.run([BIN / "nbdev_export"], cwd=tree, check=True, capture_output=True)
     names = sorted(p.name for p in (tree / "av1nb").glob("*.py"))
     assert names == sorted(p.name for p in (ROOT / "av1nb").glob("*.py"))
@@ -28,8 +38,20 @@ def test_exporting_the_notebooks_changes_nothing(tmp_path):
 
 
 def test_readme_follows_from_the_index():
-    made = subprocess.run([BIN / "jupyter", "nbconvert", "--log-level=ERROR", "--to", "markdown", "--stdout", ROOT / "nbs/index.ipynb"],
-                          check=True, capture_output=True, text=True).stdout
+    made = subprocess.run(
+        [
+            BIN / "jupyter",
+            "nbconvert",
+            "--log-level=ERROR",
+            "--to",
+            "markdown",
+            "--stdout",
+            ROOT / "nbs/index.ipynb",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     made = re.sub(r"\]\((images/|[a-z0-9_/]+\.ipynb)", r"](nbs/\1", made)  # as seen from the top
     assert made.strip() == (ROOT / "README.md").read_text().strip(), "run make readme"
     missing = [link for link in re.findall(r"\]\(([^)#:]+)\)", made) if not (ROOT / link).exists()]
@@ -47,9 +69,15 @@ def test_a_module_imports_only_lower_numbers():
                 tail = node.module.removeprefix("av1nb").lstrip(".")
                 names = [tail.split(".")[0]] if tail else [alias.name for alias in node.names]
             elif isinstance(node, ast.Import):
-                names = [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("av1nb.")]
+                names = [
+                    alias.name.split(".")[1]
+                    for alias in node.names
+                    if alias.name.startswith("av1nb.")
+                ]
             for name in names:
-                assert name == module or name == "__version__" or order[name] < number, f"{module} ({number}) imports {name}"
+                assert (
+                    name == module or name == "__version__" or order[name] < number
+                ), f"{module} ({number}) imports {name}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -79,6 +107,11 @@ def test_every_page_stands_in_the_sidebar():
 def test_lock_covers_what_settings_ask_for():
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
-    locked = {line.split("==")[0].lower() for line in (ROOT / "requirements.lock").read_text().split()}
-    wanted = settings["DEFAULT"]["requirements"].split() + settings["DEFAULT"]["dev_requirements"].split()
+    locked = {
+        line.split("==")[0].lower() for line in (ROOT / "requirements.lock").read_text().split()
+    }
+    wanted = (
+        settings["DEFAULT"]["requirements"].split()
+        + settings["DEFAULT"]["dev_requirements"].split()
+    )
     assert {re.split(r"[<>=]", w)[0].lower() for w in wanted} <= locked

@@ -1,4 +1,5 @@
 """All ten stages from the sample to the table, headlessly, and what they leave behind."""
+
 import json
 import shutil
 
@@ -16,7 +17,9 @@ from conftest import av1nb
 def test_every_stage_leaves_its_notebook_and_files(small_run):
     for stage in runs.STAGES:
         nb = nbformat.read(small_run / f"notebooks/{stage.name}.ipynb", 4)
-        assert all(cell.execution_count for cell in nb.cells if cell.cell_type == "code" and cell.source), stage.name
+        assert all(
+            cell.execution_count for cell in nb.cells if cell.cell_type == "code" and cell.source
+        ), stage.name
         small_run.require(*stage.makes)
     assert len(list((small_run / "figures").glob("*.png"))) >= 10
     assert not list(small_run.path.rglob("*.part*"))
@@ -30,10 +33,16 @@ def test_metrics_hold_the_table_with_split_and_versions(small_run):
     assert stored["split_hash"] == test.split_hash
     assert rows["pipeline"]["blocks"] == rows["stage1"]["blocks"] == len(test)
     for row in rows.values():
-        assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1 and row["baseline"] > 0 and row["seconds"] > 0
+        assert (
+            0 <= row["low"] <= row["value"] <= row["high"] <= 1
+            and row["baseline"] > 0
+            and row["seconds"] > 0
+        )
     assert {"torch", "imagecodecs", "python"} <= set(stored["versions"])
     predictions = pd.read_csv(small_run / "reports/predictions.csv", keep_default_na=False)
-    assert rows["pipeline"]["value"] == pytest.approx((predictions["true"] == predictions["predicted"]).mean())
+    assert rows["pipeline"]["value"] == pytest.approx(
+        (predictions["true"] == predictions["predicted"]).mean()
+    )
 
 
 def test_the_three_sets_share_no_picture_and_cover_everything(small_run):
@@ -43,16 +52,24 @@ def test_the_three_sets_share_no_picture_and_cover_everything(small_run):
     recordings = raw.list_recordings(small_run / "raw")
     assert set.union(*names) == {r.sequence for r in recordings}
     assert sum(map(len, sets.values())) == sum(r.blocks[16] for r in recordings)
-    assert {len(set(r.qindexes)) for r in recordings} == {1} and len({q for r in recordings for q in r.qindexes}) == 4
+    assert {len(set(r.qindexes)) for r in recordings} == {1} and len(
+        {q for r in recordings for q in r.qindexes}
+    ) == 4
 
 
 def test_labels_in_the_sets_are_those_of_the_logs(small_run):
     test = datasets.read_block_sets(small_run / "dataset")["test"]
     table = test.table()
     for name, part in table.groupby("recording"):
-        logged = raw.read_partition_logs(small_run / f"raw/logs/{name}").query("size == 16").set_index(["frame", "row", "col"])
+        logged = (
+            raw.read_partition_logs(small_run / f"raw/logs/{name}")
+            .query("size == 16")
+            .set_index(["frame", "row", "col"])
+        )
         found = logged.loc[list(zip(part.frame, part.row, part.col))]
-        assert (found["type"].to_numpy() == part["type"].to_numpy()).all() and (found.qindex.to_numpy() == part.qindex.to_numpy()).all()
+        assert (found["type"].to_numpy() == part["type"].to_numpy()).all() and (
+            found.qindex.to_numpy() == part.qindex.to_numpy()
+        ).all()
 
 
 def test_thresholds_come_from_validation_and_checkpoints_know_their_split(small_run):
@@ -60,22 +77,42 @@ def test_thresholds_come_from_validation_and_checkpoints_know_their_split(small_
     assert settings["split"] == "val" and 0 < settings["thresholds"]["stage1"] < 1
     for path in (small_run / "models").glob("*_best.pt"):
         content = torch.load(path, weights_only=True)
-        assert content["split_hash"] == settings["split_hash"] and content["normalisation"] == "uint16/1023", path.name
-    assert torch.load(small_run / "models/stage1_model_best.pt", weights_only=True)["calibration"]["temperature"] > 0
+        assert (
+            content["split_hash"] == settings["split_hash"]
+            and content["normalisation"] == "uint16/1023"
+        ), path.name
+    assert (
+        torch.load(small_run / "models/stage1_model_best.pt", weights_only=True)["calibration"][
+            "temperature"
+        ]
+        > 0
+    )
 
 
 def test_ensemble_members_differ(small_run):
-    members = [torch.load(small_run / f"models/stage3_AB_{k}_model_best.pt", weights_only=True)["model_state_dict"] for k in (1, 2, 3)]
+    members = [
+        torch.load(small_run / f"models/stage3_AB_{k}_model_best.pt", weights_only=True)[
+            "model_state_dict"
+        ]
+        for k in (1, 2, 3)
+    ]
     key = next(k for k in members[0] if k.startswith("head.") and k.endswith("weight"))
-    assert not torch.equal(members[0][key], members[1][key]) and not torch.equal(members[1][key], members[2][key])
+    assert not torch.equal(members[0][key], members[1][key]) and not torch.equal(
+        members[1][key], members[2][key]
+    )
 
 
-def test_a_finished_stage_is_kept_and_the_same_seed_gives_the_same_weights(small_run, tmp_path, capsys):
+def test_a_finished_stage_is_kept_and_the_same_seed_gives_the_same_weights(
+    small_run, tmp_path, capsys
+):
     receipt = json.loads((small_run / "notebooks/003_train_stage1.json").read_text())
     run = runs.RunDirectory(tmp_path / "again")
     shutil.copytree(small_run / "dataset", run / "dataset")
     runs.run_stages(["003"], run, receipt["parameters"], quiet=True)
-    first, second = (torch.load(r / "models/stage1_model_best.pt", weights_only=True)["model_state_dict"] for r in (small_run, run))
+    first, second = (
+        torch.load(r / "models/stage1_model_best.pt", weights_only=True)["model_state_dict"]
+        for r in (small_run, run)
+    )
     assert all(torch.equal(first[k], second[k]) for k in first)
     runs.run_stages(["003"], run, receipt["parameters"], keep=True, quiet=True)
     assert "kept" in capsys.readouterr().out
@@ -89,10 +126,25 @@ def test_predict_and_evaluate_on_a_new_video(small_run, tmp_path):
     chroma = np.full((48, 80), 512, np.uint16)
     raw.write_y4m(tmp_path / "new.y4m", [(luma, chroma, chroma)])
     streams.encode([(luma, chroma, chroma)], tmp_path / "new.ivf", cq_level=20, cpu_used=4)
-    said = av1nb("predict", tmp_path / "new.y4m", "--run-dir", small_run.path, "--out", tmp_path / "p.csv").stdout
-    assert "1 frame of 160×96" in said and "60 blocks: " in said and (tmp_path / "p.png").stat().st_size > 1000
+    said = av1nb(
+        "predict", tmp_path / "new.y4m", "--run-dir", small_run.path, "--out", tmp_path / "p.csv"
+    ).stdout
+    assert (
+        "1 frame of 160×96" in said
+        and "60 blocks: " in said
+        and (tmp_path / "p.png").stat().st_size > 1000
+    )
     table = pd.read_csv(tmp_path / "p.csv", keep_default_na=False)
-    assert len(table) == 60 and set(zip(table.row, table.col)) == {(r, c) for r in range(0, 96, 16) for c in range(0, 160, 16)}
-    said = av1nb("evaluate", tmp_path / "new.ivf", "--run-dir", small_run.path, "--video", tmp_path / "new.y4m").stdout
+    assert len(table) == 60 and set(zip(table.row, table.col)) == {
+        (r, c) for r in range(0, 96, 16) for c in range(0, 160, 16)
+    }
+    said = av1nb(
+        "evaluate",
+        tmp_path / "new.ivf",
+        "--run-dir",
+        small_run.path,
+        "--video",
+        tmp_path / "new.y4m",
+    ).stdout
     nodes = next(iter(streams.read_trees(tmp_path / "new.ivf"))).nodes().query("size == 16")
     assert f"{len(nodes)} intra 16×16 nodes" in said
