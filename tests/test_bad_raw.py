@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from av1nb import raw
+from av1nb import contract, recordings
+from av1nb.pictures import read_video, write_y4m, write_yuv
+from av1nb.blocks import extract_blocks
 from av1nb.partitions import random_tree
 
 WIDTH, HEIGHT, FRAMES = 96, 64, 2
@@ -51,24 +53,24 @@ def nodes():
         )
         for n in range(FRAMES)
     ]
-    return raw.require_nodes(pd.concat(trees, ignore_index=True))
+    return contract.require_nodes(pd.concat(trees, ignore_index=True))
 
 
 @pytest.fixture
 def clip(tmp_path, pictures, nodes):
     "A folder as an encoder leaves it: a video and a log for each frame."
     folder = tmp_path / "clip"
-    raw.write_yuv(folder / "clip.yuv", pictures)
+    write_yuv(folder / "clip.yuv", pictures)
     for n, of_frame in nodes.groupby("frame"):
-        raw.write_partition_log(folder / f"partition_frame_{n}.txt", of_frame)
+        contract.write_partition_log(folder / f"partition_frame_{n}.txt", of_frame)
     return folder
 
 
 def import_clip(clip, root):
     "Logs and video → recording: the whole way that raw data takes."
-    luma = raw.read_video(clip / "clip.yuv", WIDTH, HEIGHT)
-    nodes = raw.read_partition_logs(clip, width=WIDTH, height=HEIGHT)
-    return raw.write_recording(root, "clip_q80", "clip", luma, nodes, sizes=(8, 16, 32))
+    luma = read_video(clip / "clip.yuv", WIDTH, HEIGHT)
+    nodes = contract.read_partition_logs(clip, width=WIDTH, height=HEIGHT)
+    return recordings.write_recording(root, "clip_q80", "clip", luma, nodes, sizes=(8, 16, 32))
 
 
 def refused(clip, *words, error=ValueError):
@@ -84,7 +86,7 @@ def refused(clip, *words, error=ValueError):
 
 def test_good_clip_keeps_every_block_of_every_frame(clip, tmp_path, pictures, nodes):
     import_clip(clip, tmp_path / "raw")
-    blocks, table = raw.read_recording(tmp_path / "raw", "clip_q80", 16)
+    blocks, table = recordings.read_recording(tmp_path / "raw", "clip_q80", 16)
     assert set(table["frame"]) == {0, 1} and len(table) == ((nodes["size"] == 16).sum())
     for block, n, r, c in zip(blocks, table["frame"], table["row"], table["col"]):
         assert (block == pictures[n, r : r + 16, c : c + 16]).all()
@@ -99,20 +101,20 @@ def test_truncated_video(clip):
 
 def test_truncated_y4m(tmp_path, pictures):
     path = tmp_path / "clip.y4m"
-    raw.write_y4m(path, pictures)
+    write_y4m(path, pictures)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(
         ValueError, match=r"clip\.y4m is truncated: frame 1 has 18422 of 18432 bytes"
     ):
-        raw.read_video(path)
+        read_video(path)
 
 
 @pytest.mark.parametrize("width, height", [(95, 64), (96, 63)])
 def test_odd_size(clip, tmp_path, width, height):
     with pytest.raises(ValueError, match=f"even width and height, not {width}×{height}"):
-        raw.read_video(clip / "clip.yuv", width, height)
+        read_video(clip / "clip.yuv", width, height)
     with pytest.raises(ValueError, match=f"even width and height, not {width}×{height}"):
-        raw.write_y4m(tmp_path / "odd" / "odd.y4m", np.zeros((1, height, width), np.uint16))
+        write_y4m(tmp_path / "odd" / "odd.y4m", np.zeros((1, height, width), np.uint16))
     assert not (tmp_path / "odd").exists()
 
 
@@ -167,10 +169,10 @@ def test_log_whose_first_rows_are_missing_still_matches_its_pixels(clip, tmp_pat
     tall = np.concatenate([pictures, pictures[:, ::-1]], axis=1)
     tree = random_tree(WIDTH, 2 * HEIGHT, seed=7).assign(frame=0, order_hint=0, frame_type=0)
     log = tmp_path / "tall" / "partition_frame_0.txt"
-    raw.write_partition_log(log, tree[tree["row"] >= HEIGHT])
-    nodes = raw.read_partition_logs(log.parent, width=WIDTH, height=2 * HEIGHT)
-    raw.write_recording(tmp_path / "raw", "tall", "tall", tall[0], nodes, sizes=(8, 16))
-    blocks, table = raw.read_recording(tmp_path / "raw", "tall", 8)
+    contract.write_partition_log(log, tree[tree["row"] >= HEIGHT])
+    nodes = contract.read_partition_logs(log.parent, width=WIDTH, height=2 * HEIGHT)
+    recordings.write_recording(tmp_path / "raw", "tall", "tall", tall[0], nodes, sizes=(8, 16))
+    blocks, table = recordings.read_recording(tmp_path / "raw", "tall", 8)
     assert len(table) and table["row"].min() >= HEIGHT
     for block, r, c in zip(blocks, table["row"], table["col"]):
         assert (block == tall[0, r : r + 8, c : c + 8]).all()
@@ -190,21 +192,21 @@ def test_log_whose_first_rows_are_missing_still_matches_its_pixels(clip, tmp_pat
 def test_count_mismatch(clip, tmp_path, what, change):
     root = tmp_path / "raw"
     count = import_clip(clip, root).blocks[16]
-    path = root / raw.block_files("clip_q80", 16)[what]
+    path = root / recordings.block_files("clip_q80", 16)[what]
     path.write_bytes(change(path.read_bytes()))
     now = count + (1 if what in ("labels", "positions") else -1)
     for read in (
-        lambda: raw.read_recording(root, "clip_q80", 16),
-        lambda: raw.merge_recordings(root, "clip", out=tmp_path / "merged"),
+        lambda: recordings.read_recording(root, "clip_q80", 16),
+        lambda: recordings.merge_recordings(root, "clip", out=tmp_path / "merged"),
     ):
-        with pytest.raises(raw.RecordingError) as caught:
+        with pytest.raises(recordings.RecordingError) as caught:
             read()
         assert all(
             word in str(caught.value)
             for word in (f"should have {count} blocks", f"{now} {what} in {path}", f"{count} ")
         )
-    with pytest.raises(raw.RecordingError, match="SHA-256 differs"):
-        raw.verify_recording(root, "clip_q80")
+    with pytest.raises(recordings.RecordingError, match="SHA-256 differs"):
+        recordings.verify_recording(root, "clip_q80")
     assert not (tmp_path / "merged").exists()
 
 
@@ -220,42 +222,42 @@ def test_count_mismatch(clip, tmp_path, what, change):
 def test_label_above_nine_in_a_recording(clip, tmp_path, what, line, words):
     root = tmp_path / "raw"
     import_clip(clip, root)
-    path = root / raw.block_files("clip_q80", 16)[what]
+    path = root / recordings.block_files("clip_q80", 16)[what]
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([*lines[:2], line, *lines[3:]]))
     with pytest.raises(ValueError) as caught:
-        raw.read_recording(root, "clip_q80", 16)
+        recordings.read_recording(root, "clip_q80", 16)
     assert f"{path}, line 3: {words}" in str(caught.value)
 
 
 def test_value_above_1023_in_blocks(clip, tmp_path):
     root = tmp_path / "raw"
     import_clip(clip, root)
-    path = root / raw.block_files("clip_q80", 16)["blocks"]
+    path = root / recordings.block_files("clip_q80", 16)["blocks"]
     data = bytearray(path.read_bytes())
     data[512 + 2 * 17 : 512 + 2 * 18] = (1024).to_bytes(2, "little")
     path.write_bytes(data)
     with pytest.raises(ValueError, match="block 1 has the sample 1024 at row 1, column 1"):
-        raw.read_recording(root, "clip_q80", 16)
+        recordings.read_recording(root, "clip_q80", 16)
 
 
 def test_block_off_the_grid(pictures):
     with pytest.raises(ValueError, match=r"Block 1 \(16×16 at row 16, column 8\) is off the grid"):
-        raw.extract_blocks(pictures[0], np.array([0, 16]), np.array([0, 8]), 16)
+        extract_blocks(pictures[0], np.array([0, 16]), np.array([0, 8]), 16)
     with pytest.raises(
         ValueError,
         match=r"Block 0 \(16×16 at row 64, column 0\) does not lie inside the 96×64 frame",
     ):
-        raw.extract_blocks(pictures[0], np.array([64]), np.array([0]), 16)
+        extract_blocks(pictures[0], np.array([64]), np.array([0]), 16)
 
 
 def test_missing_sheet_and_header_row(tmp_path, nodes):
     path = tmp_path / "clip-intra-0.xlsx"
-    raw.write_excel(path, nodes[nodes["frame"] == 0])
+    contract.write_excel(path, nodes[nodes["frame"] == 0])
     sheets = pd.read_excel(path, sheet_name=None, header=None)
     assert list(sheets) == ["64", "32", "16", "8"]
     # with the first block of every sheet
-    assert raw.read_excel(path).equals(nodes[nodes["frame"] == 0])
+    assert contract.read_excel(path).equals(nodes[nodes["frame"] == 0])
 
     def rewrite(sheets):
         with pd.ExcelWriter(path) as writer:
@@ -266,13 +268,13 @@ def test_missing_sheet_and_header_row(tmp_path, nodes):
     with pytest.raises(
         ValueError, match=r"clip-intra-0\.xlsx has no sheet 8; it needs the sheets 64, 32, 16 and 8"
     ):
-        raw.read_excel(path)
+        contract.read_excel(path)
     names = pd.DataFrame([["row", "col", "type", "qindex", "frame_type", "order_hint"]])
     rewrite(sheets | {"16": pd.concat([names, sheets["16"].astype(object)])})
     with pytest.raises(
         ValueError, match="sheet 16, cell A1: 'row' is not an integer.*no header row"
     ):
-        raw.read_excel(path)
+        contract.read_excel(path)
     rewrite(
         sheets | {
             "32": (
@@ -286,7 +288,7 @@ def test_missing_sheet_and_header_row(tmp_path, nodes):
     with pytest.raises(
         ValueError, match="sheet 32, row 1: .* has the partition type 11; allowed is 0–9"
     ):
-        raw.read_excel(path)
+        contract.read_excel(path)
 
 
 @pytest.mark.parametrize("limit", [0, 100, 1000, 3000, 8000, 20000])
@@ -304,11 +306,11 @@ def test_full_disk_leaves_an_older_recording_whole(clip, tmp_path, pictures, nod
     before = snapshot(root)
     for limit in (0, 300, 1000, 3000):
         with disk_of(limit), pytest.raises(OSError, match="could not be written"):
-            raw.write_recording(
+            recordings.write_recording(
                 root, "clip_q80", "clip", pictures, nodes.assign(qindex=99), sizes=(8, 16, 32)
             )
         assert snapshot(root) == before
-    raw.verify_recording(root, "clip_q80")
+    recordings.verify_recording(root, "clip_q80")
 
 
 @pytest.mark.parametrize("call", range(1, 60, 4))
@@ -327,7 +329,7 @@ def test_failing_move_leaves_everything_as_it_was(
 
     monkeypatch.setattr(os, "replace", failing)
     try:
-        raw.write_recording(
+        recordings.write_recording(
             root, "clip_q80", "clip", pictures, nodes.assign(qindex=99), sizes=(8, 16, 32)
         )
     except OSError:
@@ -335,7 +337,7 @@ def test_failing_move_leaves_everything_as_it_was(
     else:
         assert len(calls) < call
     monkeypatch.undo()
-    raw.verify_recording(root, "clip_q80")
+    recordings.verify_recording(root, "clip_q80")
 
 
 @pytest.mark.parametrize(

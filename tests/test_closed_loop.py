@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 from conftest import av1nb
 
-from av1nb import encoder, joint
+from av1nb import joint, steering
 from av1nb.partitions import LEVELS
 from av1nb.sample import load_sample
-from av1nb.streams import LibaomError, read_trees
+from av1nb.libaom import LibaomError
+from av1nb.streams import read_trees
 
 
 @pytest.fixture(scope="module")
 def library():
     try:
-        return encoder.load_encoder()
+        return steering.load_encoder()
     except LibaomError as error:
         pytest.skip(str(error))
 
@@ -76,8 +77,8 @@ def test_a_video_is_encoded_faster_and_decodes(library, video, tmp_path):
 
 def test_the_planes_are_those_of_the_film(video):
     path, luma = video
-    planes = encoder.read_planes(path)
-    assert len(planes) == 2 and len(encoder.read_planes(path, 1)) == 1
+    planes = steering.read_planes(path)
+    assert len(planes) == 2 and len(steering.read_planes(path, 1)) == 1
     np.testing.assert_array_equal(planes[0][0], luma)
     np.testing.assert_array_equal(planes[1][0], luma[:, ::-1])
     assert (planes[0][1] == 512).all()
@@ -93,7 +94,7 @@ def test_the_planes_are_those_of_the_film(video):
     ],
 )
 def test_what_cannot_be_done_is_said_and_leaves_nothing(library, video, tmp_path, options, message):
-    encoder.save_policies({}, tmp_path / "p.json")
+    steering.save_policies({}, tmp_path / "p.json")
     options = [str(tmp_path / "p.json") if o == "POLICIES" else o for o in options]
     (tmp_path / "out").mkdir()
     done = av1nb("encode", video[0], "--out", tmp_path / "out/x.ivf", *options, check=False)
@@ -121,23 +122,23 @@ def test_without_the_library_no_stock_encode_takes_its_place(video, tmp_path):
 
 
 def test_the_shipped_network_and_policies_belong_together():
-    content = json.loads(encoder.shipped_policies().read_text(encoding="utf-8"))
-    predictor = joint.JointPredictor.load(encoder.shipped_weights(), content["split_hash"])
+    content = json.loads(steering.shipped_policies().read_text(encoding="utf-8"))
+    predictor = joint.JointPredictor.load(steering.shipped_weights(), content["split_hash"])
     luma = load_sample(["coins"])[0].luma[0]
     assert set(content["speeds"]) == set("01234")
     for speed in map(int, content["speeds"]):
         shares = []
         for budget in (1.0, 3.0, 10.0):
-            policy, time, _ = encoder.policy_for(budget, speed)
-            masks, _ = encoder.predict_masks(predictor, [luma], 128, policy)
+            policy, time, _ = steering.policy_for(budget, speed)
+            masks, _ = steering.predict_masks(predictor, [luma], 128, policy)
             words = [masks.at(size)[masks.at(size) != 0] for size in LEVELS]
             shares.append(
                 (time, np.concatenate([np.bitwise_count(w & 0x3FF) for w in words]).mean())
             )
         assert shares == sorted(shares, reverse=True)  # a larger budget tries less
     assert (
-        encoder.shipped_weights().stat().st_size < 6e6
-        and encoder.shipped_policies().with_name("CARD.md").is_file()
+        steering.shipped_weights().stat().st_size < 6e6
+        and steering.shipped_policies().with_name("CARD.md").is_file()
     )
 
 
@@ -163,7 +164,7 @@ def test_a_network_learns_from_recorded_costs(library, tmp_path):
     for name in names:
         [picture] = load_sample([name])
         luma = np.zeros_like(picture.luma)  # costs of a corner are enough, the rest has none
-        encoder.record_costs(
+        steering.record_costs(
             [luma[0, :64, :64] + picture.luma[0, :64, :64]],
             tmp_path / "costs" / name,
             (172,),

@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from av1nb import corpus
-from av1nb.raw import find_recording
+from av1nb.recordings import find_recording
 from av1nb.sample import load_sample, planes_from_rgb, planes_from_ycbcr, sha256, write_sample_raw
-from av1nb.streams import CQ_FOR_QINDEX, encode, read_trees, synthetic_picture
+from av1nb.streams import read_trees
+from av1nb.encoding import CQ_FOR_QINDEX, encode, synthetic_picture
 
 STAGE = Path(__file__).parent.parent / "nbs/stages/build_corpus.ipynb"
 FAST = dict(qindexes=(128, 220), cpu_used=6, crop=64, crops=2, jobs=1)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from av1nb import datasets, frames, joint, raw, runs, streams
+from av1nb import datasets, frames, joint, pictures, runs
 from av1nb.partitions import PartitionType, mi_arrays
 from av1nb.sample import load_sample
 
@@ -129,7 +129,7 @@ def test_shipped_weights_are_small_and_know_something():
 
 def test_predict_works_right_after_installation(tmp_path):
     luma = load_sample(["coffee"])[0].luma[:, :160, :200]
-    raw.write_y4m(tmp_path / "new.y4m", luma)
+    pictures.write_y4m(tmp_path / "new.y4m", luma)
     said = subprocess.run(
         [
             AV1NB,

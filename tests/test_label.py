@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from av1nb import raw, sample, streams
+from av1nb import contract, encoding, libaom, recordings, sample, streams
 from av1nb.partitions import mi_arrays
 from conftest import av1nb
 
@@ -55,7 +55,7 @@ def svt(path, clip):
 def test_logs_equal_the_coded_tree(encoder, clip, tmp_path):
     if encoder == "libaom":
         path = tmp_path / "clip.ivf"
-        streams.encode(clip, path, cq_level=32, cpu_used=5)
+        encoding.encode(clip, path, cq_level=32, cpu_used=5)
     else:
         if "libsvtav1" not in av.codecs_available:
             pytest.skip("this PyAV has no SVT-AV1 encoder")
@@ -71,7 +71,7 @@ def test_logs_equal_the_coded_tree(encoder, clip, tmp_path):
         shown += 1
         lines = np.loadtxt(log, dtype=int, ndmin=2)
         assert lines.shape[1] == 7
-        written = raw.read_partition_log(log, frame=frame.index)
+        written = contract.read_partition_log(log, frame=frame.index)
         told = frame.nodes()
         key = ["size", "row", "col"]
         pd.testing.assert_frame_equal(
@@ -83,9 +83,9 @@ def test_logs_equal_the_coded_tree(encoder, clip, tmp_path):
         assert np.array_equal(size, frame.block_size)
     assert shown >= 3
 
-    blocks, table = raw.read_recording(tmp_path / "out", "clip", 8)
-    recording = raw.find_recording(tmp_path / "out", "clip")
-    pictures = raw.read_frames(tmp_path / "out", recording)
+    blocks, table = recordings.read_recording(tmp_path / "out", "clip", 8)
+    recording = recordings.find_recording(tmp_path / "out", "clip")
+    pictures = recordings.read_frames(tmp_path / "out", recording)
     assert len(blocks) > 0 and (table["qindex"] > 0).all()
     for block, row in zip(blocks, table.itertuples()):
         picture = pictures[list(recording.frames).index(row.frame)]
@@ -93,7 +93,7 @@ def test_logs_equal_the_coded_tree(encoder, clip, tmp_path):
 
 
 def test_corrupt_and_truncated_streams_say_so_and_leave_nothing(clip, tmp_path):
-    streams.encode(clip, tmp_path / "good.ivf", cq_level=32, cpu_used=6)
+    encoding.encode(clip, tmp_path / "good.ivf", cq_level=32, cpu_used=6)
     data = (tmp_path / "good.ivf").read_bytes()
     damaged = bytearray(data)
     damaged[60:160] = bytes(range(100))
@@ -120,7 +120,7 @@ def test_corrupt_and_truncated_streams_say_so_and_leave_nothing(clip, tmp_path):
 
 
 def test_a_library_that_is_no_libaom_is_refused(clip, tmp_path):
-    streams.encode(clip[:1], tmp_path / "good.ivf", cq_level=40, cpu_used=6)
+    encoding.encode(clip[:1], tmp_path / "good.ivf", cq_level=40, cpu_used=6)
     (tmp_path / "libaom.so").write_bytes(b"not a library")
     done = av1nb(
         "label",

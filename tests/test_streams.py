@@ -16,20 +16,11 @@ import numpy as np
 import pytest
 
 import av1nb
-from av1nb import streams
+from av1nb import libaom, streams
 from av1nb.partitions import mi_arrays
-from av1nb.streams import (
-    Libaom,
-    LibaomError,
-    Trees,
-    check_libaom,
-    describe_frames,
-    encode,
-    find_libaom,
-    load_libaom,
-    read_trees,
-    synthetic_picture,
-)
+from av1nb.libaom import Libaom, LibaomError, find_libaom
+from av1nb.streams import Trees, check_libaom, describe_frames, load_libaom, read_trees
+from av1nb.encoding import encode, synthetic_picture
 
 KNOWN_STREAM = Path(av1nb.__file__).parent / "data" / "known_stream.ivf"
 
@@ -254,9 +245,9 @@ def test_library_is_found_in_the_said_order(monkeypatch, tmp_path, system_libaom
     def not_installed(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(streams.importlib.metadata, "files", not_installed)
+    monkeypatch.setattr(libaom.importlib.metadata, "files", not_installed)
     assert find_libaom()[1] == "system"
-    monkeypatch.setattr(streams, "find_library", lambda name: None)
+    monkeypatch.setattr(libaom, "find_library", lambda name: None)
     with pytest.raises(
         LibaomError, match="No libaom library was found: install the Python package imagecodecs"
     ):
@@ -264,7 +255,7 @@ def test_library_is_found_in_the_said_order(monkeypatch, tmp_path, system_libaom
 
 
 def test_release_with_another_layout_is_refused(monkeypatch):
-    monkeypatch.setattr(streams, "_GET_MI_INFO", 9999)  # a control that no release has
+    monkeypatch.setattr(libaom, "_GET_MI_INFO", 9999)  # a control that no release has
     with pytest.raises(
         LibaomError,
         match=(
@@ -281,7 +272,9 @@ def test_release_with_another_layout_is_refused(monkeypatch):
 FUZZ = """
     import random, sys
     from collections import Counter
-    from av1nb.streams import StreamError, read_trees, write_bytes
+    from av1nb.files import write_bytes
+    from av1nb.bitstream import StreamError
+    from av1nb.streams import read_trees
     source, target, way, count = sys.argv[1:5]
     whole, outcomes = open(source, "rb").read(), Counter()
     for n in range(int(count)):

@@ -19,16 +19,19 @@ from typer.testing import CliRunner
 from av1nb import (
     augment,
     cli,
+    contract,
     datasets,
+    encoding,
     heads,
     metrics,
-    raw,
     recipes,
+    recordings,
     runs,
     sample,
     streams,
     training,
 )
+from av1nb.blocks import extract_blocks, read_blocks
 from av1nb.backbones import layer_groups
 from av1nb.heads import build_model, load_backbone, load_weights, model_from_checkpoint
 from av1nb.losses import (
@@ -356,15 +359,11 @@ def test_trap_02_turned_blocks_are_the_blocks_of_the_turned_picture(symmetry, pi
     for size in (64, 32, 16, 8):
         nodes = tree[tree["size"] == size]
         after = turned_tree.loc[nodes.index]
-        blocks = apply_symmetry(
-            raw.extract_blocks(luma, nodes["row"], nodes["col"], size), symmetry
-        )
-        assert np.array_equal(
-            blocks, raw.extract_blocks(turned_luma, after["row"], after["col"], size)
-        )
+        blocks = apply_symmetry(extract_blocks(luma, nodes["row"], nodes["col"], size), symmetry)
+        assert np.array_equal(blocks, extract_blocks(turned_luma, after["row"], after["col"], size))
         assert np.array_equal(label_map(symmetry)[nodes["type"]], after["type"])
         if size == 16:
-            pixels = torch.from_numpy(raw.extract_blocks(luma, nodes["row"], nodes["col"], size))[
+            pixels = torch.from_numpy(extract_blocks(luma, nodes["row"], nodes["col"], size))[
                 :, None
             ]
             moved, types = augment.Symmetry(names=(symmetry,))(
@@ -532,14 +531,14 @@ def test_trap_04_labels_matched_by_column_only(tmp_path, picture):
     # without the first superblocks, in any order
     missing = tree[tree["row"] >= 64].sample(frac=1, random_state=0)
     log = tmp_path / "logs" / "partition_frame_0.txt"
-    raw.write_partition_log(log, missing)
+    contract.write_partition_log(log, missing)
     lines = log.read_text().splitlines()
     log.write_text("\n".join(np.random.default_rng(0).permutation(lines)) + "\n")
-    nodes = raw.read_partition_logs(log.parent, width=luma.shape[1], height=luma.shape[0])
-    raw.write_recording(tmp_path / "raw", "one", "one", luma, nodes, sizes=(8, 16))
+    nodes = contract.read_partition_logs(log.parent, width=luma.shape[1], height=luma.shape[0])
+    recordings.write_recording(tmp_path / "raw", "one", "one", luma, nodes, sizes=(8, 16))
     truth = tree.set_index(["size", "row", "col"])["type"]
     for size in (8, 16):
-        blocks, table = raw.read_recording(tmp_path / "raw", "one", size)
+        blocks, table = recordings.read_recording(tmp_path / "raw", "one", size)
         assert (
             len(table) == ((tree["size"] == size) & (tree["row"] >= 64)).sum() > 50
             and table["row"].min() >= 64
@@ -569,14 +568,14 @@ def test_trap_04_pixels_are_compared_with_the_frame(raw_root, sets):
 def test_trap_04_a_data_set_is_not_built_from_misplaced_blocks(tmp_path):
     "Stored positions without rows would have been believed."
     sample.write_sample_raw(tmp_path, ["text"])
-    path = tmp_path / raw.block_files("text_q080", 16)["positions"]
+    path = tmp_path / recordings.block_files("text_q080", 16)["positions"]
     positions = np.loadtxt(path, dtype=int)
     positions[:, 1] = 0  # as if only the column had been kept
     np.savetxt(path, positions, fmt="%d")
     with pytest.raises(ValueError, match="text_q080: .* stored blocks differ from the frame"):
         datasets.build_block_sets(tmp_path)
-    with pytest.raises(raw.RecordingError):
-        raw.verify_recording(tmp_path, "text_q080")
+    with pytest.raises(recordings.RecordingError):
+        recordings.verify_recording(tmp_path, "text_q080")
 
 
 # 5
@@ -589,7 +588,7 @@ def test_trap_05_header_row_that_is_not_there(tmp_path, picture):
     """
     _, tree = picture
     path = tmp_path / "one-intra-0.xlsx"
-    raw.write_excel(path, tree)
+    contract.write_excel(path, tree)
     book = openpyxl.load_workbook(path)
     for sheet in ("64", "32", "16", "8"):
         rows = tree[tree["size"] == int(sheet)].sort_values(["row", "col"])
@@ -597,7 +596,7 @@ def test_trap_05_header_row_that_is_not_there(tmp_path, picture):
         first = rows.iloc[0][["row", "col", "type", "qindex", "frame_type", "order_hint"]].tolist()
         assert [cell.value for cell in book[sheet][1]] == first
     columns = ["size", "row", "col", "type", "qindex"]
-    back = raw.read_excel(path)
+    back = contract.read_excel(path)
     assert len(back) == len(tree)
     found, wanted = (
         table[columns].sort_values(columns, ignore_index=True).astype(np.int64)
@@ -611,8 +610,8 @@ def test_trap_05_single_row_sheets(tmp_path):
     nodes = pd.DataFrame(
         {"size": [64, 32, 16, 8], "row": 0, "col": 0, "type": 3, "qindex": 80}
     ).assign(frame=0, order_hint=0, frame_type=0)
-    raw.write_excel(tmp_path / "one-intra-0.xlsx", nodes)
-    assert raw.read_excel(tmp_path / "one-intra-0.xlsx")["size"].tolist() == [64, 32, 16, 8]
+    contract.write_excel(tmp_path / "one-intra-0.xlsx", nodes)
+    assert contract.read_excel(tmp_path / "one-intra-0.xlsx")["size"].tolist() == [64, 32, 16, 8]
 
 
 # 6
@@ -628,11 +627,11 @@ def test_trap_06_only_the_last_frame_survives(tmp_path):
         random_tree(128, 64, seed=n, split=0.8).assign(frame=n, order_hint=n, frame_type=0)
         for n in range(4)
     ]
-    raw.write_recording(
+    recordings.write_recording(
         tmp_path, "clip_q080", "clip", luma, pd.concat(trees, ignore_index=True), sizes=(8, 16, 32)
     )
     for size in (8, 16, 32):
-        blocks, table = raw.read_recording(tmp_path, "clip_q080", size)
+        blocks, table = recordings.read_recording(tmp_path, "clip_q080", size)
         assert len(blocks) == sum((tree["size"] == size).sum() for tree in trees)
         assert table["frame"].value_counts().sort_index().tolist() == [
             (tree["size"] == size).sum() for tree in trees
@@ -641,7 +640,10 @@ def test_trap_06_only_the_last_frame_survives(tmp_path):
             assert np.array_equal(
                 block, luma[row.frame, row.row : row.row + size, row.col : row.col + size]
             )
-        files = {what: tmp_path / path for what, path in raw.block_files("clip_q080", size).items()}
+        files = {
+            what: tmp_path / path
+            for what, path in recordings.block_files("clip_q080", size).items()
+        }
         assert files["blocks"].stat().st_size == 2 * size * size * len(blocks)
         assert all(
             len(files[what].read_text().split("\n")) - 1 == len(blocks)
@@ -653,17 +655,18 @@ def test_trap_06_only_the_last_frame_survives(tmp_path):
         == 4
     )
 
-    raw.write_recording(
+    recordings.write_recording(
         tmp_path, "clip_q172", "clip", luma, pd.concat(trees, ignore_index=True).assign(qindex=172)
     )
     # a second encode does not replace the first
-    assert [r.name for r in raw.list_recordings(tmp_path)] == ["clip_q080", "clip_q172"]
-    merged, table = raw.merge_recordings(tmp_path, "clip", out=tmp_path / "merged")
+    assert [r.name for r in recordings.list_recordings(tmp_path)] == ["clip_q080", "clip_q172"]
+    merged, table = recordings.merge_recordings(tmp_path, "clip", out=tmp_path / "merged")
     assert set(zip(table["recording"], table["frame"])) == {
         (name, n) for name in ("clip_q080", "clip_q172") for n in range(4)
     }
     assert np.array_equal(
-        raw.read_blocks(tmp_path / "merged" / raw.block_files("clip", 16)["blocks"], 16), merged
+        read_blocks(tmp_path / "merged" / recordings.block_files("clip", 16)["blocks"], 16),
+        merged,
     )
 
 
@@ -676,22 +679,22 @@ def test_trap_07_quantiser_of_each_block(tmp_path):
     tree = random_tree(128, 64, seed=5, split=0.8).assign(frame=0, order_hint=0, frame_type=0)
     tree["qindex"] = np.random.default_rng(0).permutation(len(tree)) % 256
     truth = tree.set_index(["size", "row", "col"])["qindex"]
-    raw.write_partition_log(tmp_path / "partition_frame_0.txt", tree)
-    raw.write_excel(tmp_path / "one-intra-0.xlsx", tree)
+    contract.write_partition_log(tmp_path / "partition_frame_0.txt", tree)
+    contract.write_excel(tmp_path / "one-intra-0.xlsx", tree)
     for nodes in (
-        raw.read_partition_log(tmp_path / "partition_frame_0.txt"),
-        raw.read_excel(tmp_path / "one-intra-0.xlsx"),
+        contract.read_partition_log(tmp_path / "partition_frame_0.txt"),
+        contract.read_excel(tmp_path / "one-intra-0.xlsx"),
     ):
         assert (
             nodes.set_index(["size", "row", "col"])["qindex"]
             .sort_index()
             .equals(truth.sort_index())
         )
-    raw.write_recording(
+    recordings.write_recording(
         tmp_path / "raw", "one", "one", np.zeros((64, 128), np.uint16), tree, sizes=(8, 16)
     )
     for size in (8, 16):
-        _, table = raw.read_recording(tmp_path / "raw", "one", size)
+        _, table = recordings.read_recording(tmp_path / "raw", "one", size)
         assert table["qindex"].tolist() == [
             truth[size, row, col] for row, col in zip(table["row"], table["col"])
         ]
@@ -724,11 +727,13 @@ def test_trap_07_quantiser_reaches_the_network(sets):
 
 def test_trap_07_quantiser_of_a_stream(tmp_path):
     "What the stream says counts, also where it is not 80."
-    luma = streams.synthetic_picture(64, 64)[0]
+    luma = encoding.synthetic_picture(64, 64)[0]
     for cq_level, qindex in ((20, 80), (43, 172)):
-        streams.encode(luma, tmp_path / "one.ivf", cq_level=cq_level, cpu_used=6, monochrome=True)
+        encoding.encode(luma, tmp_path / "one.ivf", cq_level=cq_level, cpu_used=6, monochrome=True)
         frames, name = streams.read_trees(tmp_path / "one.ivf"), f"one_{qindex}"
-        recording = raw.recording_from_frames(tmp_path / "raw", name, name, frames, sizes=(8, 16))
+        recording = recordings.recording_from_frames(
+            tmp_path / "raw", name, name, frames, sizes=(8, 16)
+        )
         assert recording.qindexes == (qindex,)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from av1nb import datasets, raw, runs
+from av1nb import contract, datasets, pictures, recordings, runs
 from av1nb.partitions import V6
 from conftest import av1nb
 
@@ -49,11 +49,11 @@ def test_the_three_sets_share_no_picture_and_cover_everything(small_run):
     sets = datasets.read_block_sets(small_run / "dataset")
     names = [set(blocks.sequence_names) for blocks in sets.values()]
     assert not names[0] & names[1] and not names[0] & names[2] and not names[1] & names[2]
-    recordings = raw.list_recordings(small_run / "raw")
-    assert set.union(*names) == {r.sequence for r in recordings}
-    assert sum(map(len, sets.values())) == sum(r.blocks[16] for r in recordings)
-    assert {len(set(r.qindexes)) for r in recordings} == {1} and len(
-        {q for r in recordings for q in r.qindexes}
+    listed = recordings.list_recordings(small_run / "raw")
+    assert set.union(*names) == {r.sequence for r in listed}
+    assert sum(map(len, sets.values())) == sum(r.blocks[16] for r in listed)
+    assert {len(set(r.qindexes)) for r in listed} == {1} and len(
+        {q for r in listed for q in r.qindexes}
     ) == 4
 
 
@@ -62,7 +62,7 @@ def test_labels_in_the_sets_are_those_of_the_logs(small_run):
     table = test.table()
     for name, part in table.groupby("recording"):
         logged = (
-            raw.read_partition_logs(small_run / f"raw/logs/{name}")
+            contract.read_partition_logs(small_run / f"raw/logs/{name}")
             .query("size == 16")
             .set_index(["frame", "row", "col"])
         )
@@ -119,13 +119,13 @@ def test_a_finished_stage_is_kept_and_the_same_seed_gives_the_same_weights(
 
 
 def test_predict_and_evaluate_on_a_new_video(small_run, tmp_path):
-    from av1nb import sample, streams
+    from av1nb import encoding, sample, streams
 
     picture = next(p for p in sample.load_sample() if p.luma.shape[1] >= 96)
     luma = np.ascontiguousarray(picture.luma[0, :96, :160])
     chroma = np.full((48, 80), 512, np.uint16)
-    raw.write_y4m(tmp_path / "new.y4m", [(luma, chroma, chroma)])
-    streams.encode([(luma, chroma, chroma)], tmp_path / "new.ivf", cq_level=20, cpu_used=4)
+    pictures.write_y4m(tmp_path / "new.y4m", [(luma, chroma, chroma)])
+    encoding.encode([(luma, chroma, chroma)], tmp_path / "new.ivf", cq_level=20, cpu_used=4)
     said = av1nb(
         "predict", tmp_path / "new.y4m", "--run-dir", small_run.path, "--out", tmp_path / "p.csv"
     ).stdout
