@@ -57,7 +57,7 @@ def savefig(
     figure,  # matplotlib Figure, or an Axes of it
     path: str | Path,  # file to write; the ending .png or .svg chooses the format
     dpi: int = 100,  # pixels per inch of a PNG
-) -> Path:  # the path written
+) -> None:
     """Write a figure through a temporary file in the same folder.
 
     Raises `ValueError` for another ending.
@@ -75,7 +75,6 @@ def savefig(
         _figure_of(figure).savefig(
             temporary, format=kind, dpi=dpi, bbox_inches="tight", metadata=undated
         )
-    return path
 
 
 def _figure_of(figure):
