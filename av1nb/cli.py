@@ -309,7 +309,7 @@ def predict_frames(pipeline, luma, qindex=None):
         blocks = extract_blocks(frame, rows, cols, 16)
         table = pipeline.predict(
             torch.from_numpy(blocks[:, None]),
-            qps=None if qindex is None else torch.full((len(blocks),), qindex),
+            qindex=None if qindex is None else torch.full((len(blocks),), qindex),
         ).table()
         table.insert(0, "frame", number)
         table.insert(1, "row", rows)
@@ -475,7 +475,7 @@ def evaluate(
         blocks = extract_blocks(luma, nodes["row"].to_numpy(), nodes["col"].to_numpy(), 16)
         found = pipeline.predict(
             torch.from_numpy(blocks[:, None]),
-            qps=torch.from_numpy(nodes["qindex"].to_numpy(np.int64)),
+            qindex=torch.from_numpy(nodes["qindex"].to_numpy(np.int64)),
         )
         true.append(nodes["type"].to_numpy())
         decided.append(found.types)
@@ -505,7 +505,9 @@ def encode(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="IVF file to write")],
-    speed: Annotated[int, typer.Option(min=0, max=4, help="libaom's preset (cpu-used)")] = 1,
+    cpu_used: Annotated[
+        int, typer.Option("--cpu-used", "--speed", min=0, max=4, help="libaom's speed preset")
+    ] = 1,
     budget: Annotated[
         float, typer.Option(help="BD-rate in percent that may be lost, by the validation pictures")
     ] = 1.0,
@@ -540,7 +542,7 @@ def encode(
     "Encode a video all intra with predicted partitions, faster, within a BD-rate budget."
     from av1nb import joint, steering
 
-    policy, share, loss = steering.policy_for(budget, speed, policies)
+    policy, share, loss = steering.policy_for(budget, cpu_used, policies)
     library = steering.load_encoder()
     planes = steering.read_planes(video, frames, width, height)
     predictor = joint.JointPredictor.load(weights or steering.shipped_weights())
@@ -557,13 +559,13 @@ def encode(
                 planes,
                 masks,
                 cq_level=level,
-                cpu_used=speed,
+                cpu_used=cpu_used,
                 prediction=seconds,
                 path=path,
                 encoder=library,
             ),
             (
-                steering.encode_masked(planes, cq_level=level, cpu_used=speed, encoder=library)
+                steering.encode_masked(planes, cq_level=level, cpu_used=cpu_used, encoder=library)
                 if compare or all_quantisers
                 else None
             ),

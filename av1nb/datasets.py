@@ -240,7 +240,7 @@ CONTRACT_LABELS = {
 }
 CONTRACT_KEYS = ("samples", "labels_stage0", *CONTRACT_LABELS.values(), "qps")
 NORMALISATION = "uint16/1023"
-_COLUMNS = ("types", "qps", "sequence", "recording", "frame", "row", "col")
+_COLUMNS = ("types", "qindex", "sequence", "recording", "frame", "row", "col")
 _PROVENANCE = (
     "sequence_names",
     "recording_names",
@@ -248,7 +248,7 @@ _PROVENANCE = (
     "split_hash",
     "size",
     "margin",
-    "nodes",
+    "reading",
     "seed",
     "uncovered",
     "assignment",
@@ -292,7 +292,7 @@ class BlockSet:
     """Blocks of one split with their types and where each came from.
 
     Tensors of N rows: `samples` uint16 [N, 1, S+2m, S+2m] with pixels 0–1023 (S = `size`, m =
-    `margin` pixels of context on each side); `types` (0–9), `qps` (qindex 0–255), `sequence` and
+    `margin` pixels of context on each side); `types` (0–9), `qindex` (0–255), `sequence` and
     `recording` (positions in `sequence_names` and `recording_names`), `frame`, `row`, `col` (pixels
     of the block without its margin), all int64 [N]. `ValueError` where shapes, dtypes or ranges do
     not fit.
@@ -300,7 +300,7 @@ class BlockSet:
 
     samples: torch.Tensor  # uint16 [N, 1, S+2m, S+2m], pixels 0–1023
     types: torch.Tensor  # int64 [N], partition type 0–9
-    qps: torch.Tensor  # int64 [N], qindex 0–255
+    qindex: torch.Tensor  # int64 [N], 0–255
     sequence: torch.Tensor  # int64 [N], position in `sequence_names`
     recording: torch.Tensor  # int64 [N], position in `recording_names`
     frame: torch.Tensor  # int64 [N], frame within the sequence
@@ -311,8 +311,7 @@ class BlockSet:
     split: str  # "train", "val" or "test"
     size: int = 16  # block size in pixels
     margin: int = 0  # context in pixels on each side
-    # which reading of the logs gave the labels: "coded" or "searched"
-    nodes: str = "coded"
+    reading: str = "coded"  # of the logs that gave the labels: "coded" or "searched"
     seed: int = 42  # of the division into splits
     uncovered: str = "exclude"  # policy behind the contract's v6 label columns
     assignment: dict = field(default_factory=dict)  # sequence → split, of the whole data set
@@ -344,7 +343,7 @@ class BlockSet:
                 )
         for name, limit in (
             ("types", 10),
-            ("qps", 256),
+            ("qindex", 256),
             ("sequence", len(self.sequence_names)),
             ("recording", len(self.recording_names)),
         ):
@@ -373,7 +372,7 @@ class BlockSet:
         sequences, recordings = len(self.sequence.unique()), len(self.recording.unique())
         return (
             f"BlockSet({self.split}: {len(self)} blocks {self.size}×{self.size}, margin"
-            f" {self.margin}, {sequences} sequence(s), {recordings} recording(s), {self.nodes}"
+            f" {self.margin}, {sequences} sequence(s), {recordings} recording(s), {self.reading}"
             f" nodes, split {self.split_hash})"
         )
 
@@ -432,7 +431,7 @@ class BlockSet:
             "row": column["row"],
             "col": column["col"],
             "type": column["types"],
-            "qindex": column["qps"],
+            "qindex": column["qindex"],
         })
 
     def where(
@@ -458,7 +457,7 @@ class BlockSet:
             "samples": self.samples.cpu(),
             "labels_stage0": self.types.cpu(),
             **{key: labels[stage].cpu() for stage, key in CONTRACT_LABELS.items()},
-            "qps": self.qps.cpu(),
+            "qps": self.qindex.cpu(),
             **{name: getattr(self, name).cpu() for name in _COLUMNS[2:]},
             **{name: getattr(self, name) for name in _PROVENANCE},
             "normalisation": NORMALISATION,
@@ -486,6 +485,8 @@ class BlockSet:
                 " pixels (x/1023). Convert it without loss by datasets.import_legacy; its split is"
                 " not known to be by sequence."
             )
+        if "nodes" in content:  # the name of this key in older files
+            content["reading"] = content.pop("nodes")
         if missing := [
             key for key in (*CONTRACT_KEYS, *_COLUMNS[2:], *_PROVENANCE) if key not in content
         ]:
@@ -497,7 +498,7 @@ class BlockSet:
             blocks = cls(
                 samples=content["samples"],
                 types=content["labels_stage0"],
-                qps=content["qps"],
+                qindex=content["qps"],
                 **{name: content[name] for name in (*_COLUMNS[2:], *_PROVENANCE)},
             )
         except ValueError as problem:
@@ -550,9 +551,8 @@ def build_block_sets(
     fractions=(0.7, 0.15, 0.15),  # shares of the blocks for train, val and test
     seed: int = 42,  # of the division
     groups: dict | None = None,  # sequence → group that must not be divided
-    # reading of the logs the recordings must have: "coded", "searched"; None: whichever they agree
-    # on
-    nodes: str | None = None,
+    # that the recordings must have: "coded" or "searched"; None: whichever they agree on
+    reading: str | None = None,
     # sequence → split, as in an earlier data set; `split_sequences` draws for the others
     assignment: dict | None = None,
     uncovered: str = "exclude",  # policy for types without a class in v6: "exclude" or "merge"
@@ -564,14 +564,14 @@ def build_block_sets(
     recordings = sorted(list_recordings(raw_root), key=lambda recording: recording.name)
     if not recordings:
         raise ValueError(f"{raw_root} holds no recordings; the notebook 000_raw writes them.")
-    readings = {recording.name: recording.nodes for recording in recordings}
-    if len(set(readings.values())) > 1 or nodes not in (None, *readings.values()):
+    readings = {recording.name: recording.reading for recording in recordings}
+    if len(set(readings.values())) > 1 or reading not in (None, *readings.values()):
         found = {
-            reading: [name for name in readings if readings[name] == reading][:3]
-            for reading in sorted(set(readings.values()))
+            one: [name for name in readings if readings[name] == one][:3]
+            for one in sorted(set(readings.values()))
         }
         raise ValueError(
-            f"a data set uses one reading of the logs ({nodes or 'coded or searched'}); "
+            f"a data set uses one reading of the logs ({reading or 'coded or searched'}); "
             f"the recordings in {raw_root} are {found}. Write them again with one reading."
         )
     parts, counts = {}, {}
@@ -656,7 +656,7 @@ def build_block_sets(
             split=split,
             size=size,
             margin=margin,
-            nodes=recordings[0].nodes,
+            reading=recordings[0].reading,
             seed=seed,
             uncovered=uncovered,
             assignment=assignment,
@@ -711,7 +711,7 @@ def write_block_sets(
 ) -> dict:  # the content of metadata.json
     "Write `block_<size>/{train,val,test}.pt` and `metadata.json`, all or nothing."
     one = next(iter(sets.values()))
-    for name in ("split_hash", "size", "margin", "nodes", "uncovered"):
+    for name in ("split_hash", "size", "margin", "reading", "uncovered"):
         found = {split: getattr(blocks, name) for split, blocks in sets.items()}
         if len(set(found.values())) > 1:
             raise ValueError(
@@ -732,7 +732,7 @@ def write_block_sets(
             "split_hash": one.split_hash,
             "size": one.size,
             "margin": one.margin,
-            "nodes": one.nodes,
+            "reading": one.reading,
             "seed": one.seed,
             "normalisation": NORMALISATION,
             "uncovered_policy": one.uncovered,
@@ -908,7 +908,7 @@ def import_legacy(
             recording_names=("unknown",),
             split=split,
             size=samples.shape[-1],
-            nodes="unknown",
+            reading="unknown",
             split_hash="legacy",
             note=LEGACY_NOTE,
         )
@@ -1174,8 +1174,8 @@ class Batches:
         home = self.device if resident else torch.device("cpu")
         # int16: the same bytes, with kernels on every device
         self.samples = _signed(samples).to(home)
-        self.labels, self.qps = labels.to(home, torch.int64), (
-            blocks.qps.to(home) if qindex else None
+        self.labels, self.qindex = labels.to(home, torch.int64), (
+            blocks.qindex.to(home) if qindex else None
         )
         self.batch_size, self.sampler, self.shuffle, self.seed, self.augment = (
             batch_size,
@@ -1233,7 +1233,7 @@ class Batches:
             if self.augment is not None:
                 generator.manual_seed(int(seeds[number] >> np.uint64(1)))
                 x, y = self.augment(x, y, generator)
-            yield (x, y) if self.qps is None else (x, y, self.qps[index].to(self.device))
+            yield (x, y) if self.qindex is None else (x, y, self.qindex[index].to(self.device))
 
 # %% ../nbs/10_datasets.ipynb #ec0168ed
 @dataclass
@@ -1306,7 +1306,7 @@ def _compare(blocks: BlockSet, raw_root, recordings: dict) -> dict:
         if (folder := Path(raw_root) / "logs" / name).is_dir():
             nodes = read_partition_logs(
                 folder,
-                searched=recording.nodes == "searched",
+                reading=recording.reading,
                 width=recording.width,
                 height=recording.height,
             )
@@ -1467,7 +1467,7 @@ def audit(
                 add(check, pair, both, len(left & right), ", ".join(sorted(left & right)[:3]))
         differing = [
             name
-            for name in ("split_hash", "size", "margin", "nodes", "uncovered")
+            for name in ("split_hash", "size", "margin", "reading", "uncovered")
             if getattr(one, name) != getattr(two, name)
         ]
         add(

@@ -17,7 +17,7 @@ import torch
 
 from .datasets import MAX_PIXEL, BlockSet, to_float
 from .partitions import LEVELS, SYMMETRIES, apply_symmetry, cell_slices, is_inside, label_map
-from .contract import read_partition_logs
+from .contract import read_partition_logs, require_reading
 from .recordings import list_recordings, read_frames
 
 # %% ../nbs/21_frames.ipynb #2a50de80
@@ -94,10 +94,11 @@ class FrameSet:
         pictures: Iterable,
         side: int = 128,  # side of the crops that will be taken, a multiple of 64
         device="cpu",  # where the vectors live
-        # labels are the types that won in the search of the costs, of every node it visited; False:
-        # those of the coded tree
-        searched: bool = False,
+        # "coded": labels are the coded trees; "searched": the types that won in the search of the
+        # costs, at every node it visited
+        reading: str = "coded",
     ):
+        require_reading(reading)
         if side % 64 or side < 64:
             raise ValueError(f"side is {side}; crops are whole 64×64 superblocks.")
         self.side, self.recordings, self.names = side, [], []
@@ -126,7 +127,7 @@ class FrameSet:
                         continue  # this frame has another quantiser
                     own = own[is_inside(own, luma.shape[1], luma.shape[0])]
                     seen = _regrets(picture, frame, qindex, luma.shape)
-                    if searched:
+                    if reading == "searched":
                         if seen is None:
                             raise ValueError(
                                 f"{picture.name} has no costs at qindex {qindex}: search its"

@@ -119,7 +119,7 @@ class Predictions:
                 frame=block_set.frame.cpu().numpy(),
                 row=block_set.row.cpu().numpy(),
                 col=block_set.col.cpu().numpy(),
-                qp=block_set.qps.cpu().numpy(),
+                qindex=block_set.qindex.cpu().numpy(),
                 true=names[block_set.types.cpu().numpy()],
             )
         columns["predicted"] = np.array([ptype.name for ptype in PartitionType])[self.types]
@@ -414,7 +414,7 @@ class Pipeline:
             **options,
         )
 
-    def _check(self, samples, qps, stages):
+    def _check(self, samples, qindex, stages):
         "Refuse samples that the models of these stages could not use."
         if (
             not isinstance(samples, torch.Tensor)
@@ -439,9 +439,9 @@ class Pipeline:
         needing = [
             stage for stage in stages if stage in self.models and self.models[stage].uses_qindex
         ]
-        if needing and (qps is None or len(qps) != len(samples)):
+        if needing and (qindex is None or len(qindex) != len(samples)):
             raise ValueError(
-                f"the models of {', '.join(needing)} need the qindex of every block: pass qps,"
+                f"the models of {', '.join(needing)} need the qindex of every block: pass qindex,"
                 f" {len(samples)} values"
             )
 
@@ -462,11 +462,11 @@ class Pipeline:
         self,
         stage,  # name of a stage
         samples,  # uint16 [N,1,H,W]
-        qps=None,  # qindex of every block [N], for models that need it
+        qindex=None,  # qindex of every block [N], for models that need it
         batch_size=512,  # blocks at a time
     ):
         "`StageOutput` of one stage on all the blocks it is given."
-        self._check(samples, qps, [stage])
+        self._check(samples, qindex, [stage])
         if stage in self.fallback:
             shares = self.fallback[stage]["shares"]
             return StageOutput(
@@ -477,11 +477,14 @@ class Pipeline:
         members = list(model.models) if isinstance(model, Ensemble) else [model]
         for start in range(0, len(samples), batch_size):
             x = to_float(samples[start : start + batch_size]).to(self.device)
-            qindex = qps[start : start + batch_size].to(self.device) if model.uses_qindex else None
+            of_these = (
+                qindex[start : start + batch_size].to(self.device) if model.uses_qindex else None
+            )
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 parts.append(
                     torch.stack([
-                        self._probabilities(member, stage, x, qindex).float() for member in members
+                        self._probabilities(member, stage, x, of_these).float()
+                        for member in members
                     ]).cpu()
                 )
         classes = self.hierarchy.n_classes(stage)
@@ -495,14 +498,14 @@ class Pipeline:
             decide(probabilities[0].numpy(), self.thresholds.get(stage)), probabilities[0].numpy()
         )
 
-    def stage_outputs(self, samples, qps=None, batch_size=512):
+    def stage_outputs(self, samples, qindex=None, batch_size=512):
         """Stage → `StageOutput` of *every* stage on *every* block, without routing: for threshold
         searches and oracles.
 
         Arguments as for `predict`.
         """
         return {
-            stage: self.stage_output(stage, samples, qps, batch_size)
+            stage: self.stage_output(stage, samples, qindex, batch_size)
             for stage in self.hierarchy.stage_names
         }
 
@@ -510,7 +513,7 @@ class Pipeline:
         self,
         samples,  # uint16 [N,1,H,W], as a `BlockSet` holds them
         # qindex of every block, int [N]; needed by models that were built with qindex=True
-        qps=None,
+        qindex=None,
         batch_size=512,  # blocks at a time; lower it when memory runs out
         # also keep what every stage says of every block: needed by `report` and `attribute_errors`,
         # and slower
@@ -520,7 +523,7 @@ class Pipeline:
 
         Raises ValueError for samples of another type or size.
         """
-        self._check(samples, qps, self.hierarchy.stage_names)
+        self._check(samples, qindex, self.hierarchy.stage_names)
         count, classes, probabilities, agreement, seconds, outputs = (
             len(samples),
             {},
@@ -533,7 +536,7 @@ class Pipeline:
             here = np.flatnonzero(self.hierarchy.route(stage, classes, count))
             started = time.perf_counter()
             if unrouted:
-                outputs[stage] = self.stage_output(stage, samples, qps, batch_size)
+                outputs[stage] = self.stage_output(stage, samples, qindex, batch_size)
                 found = StageOutput(*(
                     None if values is None else values[here]
                     for values in (
@@ -550,7 +553,7 @@ class Pipeline:
                     else samples.view(torch.int16)[reached].view(torch.uint16)
                 )  # indexing knows no uint16; only bits are moved
                 found = self.stage_output(
-                    stage, some, None if qps is None else qps[reached], batch_size
+                    stage, some, None if qindex is None else qindex[reached], batch_size
                 )
             seconds[stage] = time.perf_counter() - started
             classes[stage] = np.full(count, -1)
@@ -675,7 +678,7 @@ def search_thresholds(
         or (np.diff(grid) <= 0).any()
     ):
         raise ValueError("thresholds must be increasing numbers between 0 and 1")
-    outputs = outputs or pipeline.stage_outputs(block_set.samples, block_set.qps, batch_size)
+    outputs = outputs or pipeline.stage_outputs(block_set.samples, block_set.qindex, batch_size)
     scores = np.asarray(outputs[stage].probabilities[:, 1], np.float64)
     # a high temperature crowds them together
     if thresholds is None and len(np.unique(np.searchsorted(grid, scores, side="right"))) < 20:

@@ -38,6 +38,7 @@ from av1nb.contract import (
     read_ints,
     read_partition_logs,
     require_nodes,
+    require_reading,
     write_excel,
     write_partition_log,
 )
@@ -61,7 +62,7 @@ class Recording:
     pictures: str
     frames: tuple[int, ...]  # display index of each picture in frames/<pictures>.npy
     qindexes: tuple[int, ...]  # quantiser indexes that occur, 0–255
-    nodes: str  # "coded" or "searched": which reading of the logs
+    reading: str  # of the logs: "coded" or "searched"
     blocks: dict[int, int]  # block size in pixels -> number of blocks
     # block size in pixels -> intra nodes that reach over the frame's edge, not among the blocks
     edge_nodes: dict[int, int]
@@ -95,6 +96,8 @@ def _description(name):
 def _load_recording(path):
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "nodes" in content:  # the name of this key in older descriptions
+            content["reading"] = content.pop("nodes")
         for key in ("frames", "qindexes"):
             content[key] = tuple(content[key])
         for key in ("blocks", "edge_nodes"):
@@ -175,12 +178,12 @@ def _read_block_files(folder, recording, size):
             f"Recording {recording.name!r} lacks the file {missing[0]}; write it again."
         )
     blocks = read_blocks(paths["blocks"], size)
-    labels, qps = read_ints(paths["labels"], 0, 9), read_ints(paths["qps"], 0, 255)
+    labels, qindex = read_ints(paths["labels"], 0, 9), read_ints(paths["qps"], 0, 255)
     positions = _read_integers(paths["positions"], ("frame", "row", "col"))
     counts = {
         "blocks": len(blocks),
         "labels": len(labels),
-        "qps": len(qps),
+        "qps": len(qindex),
         "positions": len(positions),
     }
     if set(counts.values()) != {recording.blocks[size]}:
@@ -190,7 +193,7 @@ def _read_block_files(folder, recording, size):
             + ", ".join(f"{count} {what} in {paths[what]}" for what, count in counts.items())
             + "; write it again."
         )
-    return blocks, positions.assign(type=labels, qindex=qps)
+    return blocks, positions.assign(type=labels, qindex=qindex)
 
 
 def read_recording(
@@ -459,7 +462,7 @@ def write_recording(
             pictures=file_name,
             frames=frames,
             qindexes=tuple(np.unique(nodes["qindex"]).tolist()),
-            nodes=reading,
+            reading=reading,
             blocks=blocks,
             edge_nodes={size: int(of_intra.get(size, 0)) - count for size, count in blocks.items()},
             source_bit_depth=source_bit_depth,
@@ -504,8 +507,7 @@ def _checked_pictures(name, luma, frames):
 
 
 def _checked_tree(nodes, pictures, frames, reading):
-    if reading not in ("coded", "searched"):
-        raise ValueError(f"reading is {reading!r}; it must be 'coded' or 'searched'.")
+    require_reading(reading)
     if (said := nodes.attrs.get("reading", reading)) != reading:
         raise ValueError(f"The node table holds {said} nodes, but reading is {reading!r}.")
     _, height, width = pictures.shape
@@ -574,7 +576,7 @@ def merge_recordings(
         chosen = [find_recording(root, name) for name in sorted(set(names))]
         if not chosen:
             raise ValueError("There is no recording to merge: names is empty.")
-    if len(readings := {r.nodes for r in chosen}) > 1:
+    if len(readings := {r.reading for r in chosen}) > 1:
         raise ValueError(f"Recordings of {' and '.join(sorted(readings))} nodes cannot be merged.")
     parts = [_read_block_files(root, r, size) for r in chosen]
     blocks = np.concatenate([b for b, _ in parts])
@@ -824,7 +826,7 @@ def import_logs(
     sequences: Iterable[str] = (),  # sequence name of each input; empty: the names of the folders
     width: int | None = None,  # of .yuv videos, pixels
     height: int | None = None,  # of .yuv videos, pixels
-    searched: bool = False,  # False: only coded nodes; True: every node of the logs
+    reading: str = "coded",  # "coded": only coded nodes; "searched": every node of the logs
     sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
     excel: bool = True,  # write the workbooks
 ) -> list[Recording]:  # one for each folder, named after it
@@ -844,7 +846,7 @@ def import_logs(
         )
     for (folder, name, sequence), video in _progress(list(zip(named, videos)), "logs"):
         info = probe_video(video, width, height)
-        nodes = read_partition_logs(folder, searched, width=info.width, height=info.height)
+        nodes = read_partition_logs(folder, reading, width=info.width, height=info.height)
         frames = sorted(set(nodes["frame"].tolist()))
         luma = read_video(video, width, height, frames)
         recordings.append(
@@ -857,7 +859,7 @@ def import_logs(
                 tuple(sizes),
                 excel,
                 frames=frames,
-                reading=nodes.attrs["reading"],
+                reading=reading,
                 source=f"logs {folder.name}, video {Path(video).name}",
                 source_bit_depth=info.bit_depth,
             )

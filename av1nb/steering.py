@@ -394,8 +394,8 @@ def label_stability(
         )
     pictures = [planes] if isinstance(planes, np.ndarray) and planes.ndim == 2 else list(planes)
 
-    def search(cq, speed):
-        return encode_masked(pictures, log=True, cq_level=cq, cpu_used=speed, **settings).log
+    def search(cq, cpu_used):
+        return encode_masked(pictures, log=True, cq_level=cq, cpu_used=cpu_used, **settings).log
 
     own = search(cq_level, cpu_used)
     variants = {
@@ -546,11 +546,11 @@ def save_policies(
 ) -> Path:  # the path
     "Write a series of policies whole or not at all."
     speeds = {
-        str(speed): [
+        str(cpu_used): [
             dict(time=row.time, loss=row.loss, policy=row.policy.to_dict())
             for row in table.itertuples()
         ]
-        for speed, table in series.items()
+        for cpu_used, table in series.items()
     }
     return write_bytes(
         path,

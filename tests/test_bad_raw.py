@@ -354,7 +354,8 @@ def test_full_disk_in_every_writer(tmp_path, write):
     code = f"""
         import pathlib, resource, numpy as np
         from av1nb.partitions import random_tree
-        from av1nb.raw import *
+        from av1nb.contract import write_excel, write_partition_log
+        from av1nb.pictures import write_y4m, write_yuv
         folder = pathlib.Path({str(tmp_path/'out')!r})
         luma = np.zeros((2, 64, 96), np.uint16)
         nodes = random_tree(640, 480).assign(frame=0, order_hint=0, frame_type=0)

@@ -147,7 +147,7 @@ def seeing(hierarchy, **options):
     )
 
 
-def block_set(samples, types, split="train", sequence=None, qps=80):
+def block_set(samples, types, split="train", sequence=None, qindex=80):
     "A block set without files: one sequence unless `sequence` numbers them."
     n = len(samples)
     zeros = torch.zeros(n, dtype=torch.int64)
@@ -156,7 +156,7 @@ def block_set(samples, types, split="train", sequence=None, qps=80):
     return datasets.BlockSet(
         samples,
         torch.as_tensor(types, dtype=torch.int64),
-        zeros + qps,
+        zeros + qindex,
         sequence,
         sequence,
         zeros,
@@ -711,7 +711,7 @@ def test_trap_07_quantiser_reaches_the_network(sets):
     for _, _, qindex in (
         batches := datasets.Batches(train, train.types, 64, shuffle=True, qindex=True)
     ):
-        assert torch.equal(qindex, train.qps[batches.batch_ids])
+        assert torch.equal(qindex, train.qindex[batches.batch_ids])
     model = build_model(V6, "RECT", "v5", qindex=True).eval()
     x = datasets.to_float(train.samples[:8])
     assert not torch.allclose(model(x, torch.full((8,), 80)), model(x, torch.full((8,), 220)))
@@ -1281,7 +1281,7 @@ def trained(tmp_path_factory):
         stage: {
             split: (
                 block_set(
-                    random_blocks(48, k), 4 + y if stage == "AB" else y, split, qps=80 + 30 * k
+                    random_blocks(48, k), 4 + y if stage == "AB" else y, split, qindex=80 + 30 * k
                 ),
                 y,
             )
