@@ -6,47 +6,64 @@
 __all__ = ['BLOCK_SIZES', 'extract_blocks', 'read_blocks', 'block_table']
 
 # %% ../nbs/08_blocks.ipynb #4fa75e07
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
-import numba
 import numpy as np
 import pandas as pd
-from llvmlite import ir
-from numba.extending import intrinsic
 
 from .partitions import is_inside
-from .libaom import compiled
 
 # %% ../nbs/08_blocks.ipynb #cf51bcc3
 _STREAM_FROM = 4 << 20  # bytes; smaller results stay in the cache, where their user finds them
 
 
-@intrinsic
-def _copy_line(typingctx, target, source, pixels, streaming):
-    """Copy `pixels` samples of 16 bits between two addresses; streaming: past the cache, for
-    targets at multiples of 16 bytes.
+@lru_cache
+def _can_compile():
+    "Whether numba is there, said once if not; if it is, `_copy_line` is declared to it."
+    # a global name: what a compiled loop encloses must be the same in every process, or numba does
+    # not find it on the disk again
+    global _copy_line
+    try:
+        import numba
+        from llvmlite import ir
+        from numba.extending import intrinsic
+    except ImportError as error:
+        warnings.warn(
+            f"blocks are cut by numpy, several times slower than compiled: {error}", stacklevel=3
+        )
+        return False
 
-    Both are known when compiling.
-    """
-    # numba asks again with the values themselves
-    if not all(isinstance(known, numba.types.Literal) for known in (pixels, streaming)):
-        return None
+    @intrinsic
+    def _copy_line(typingctx, target, source, pixels, streaming):
+        """Copy `pixels` samples of 16 bits between two addresses; streaming: past the cache, for
+        targets at multiples of 16 bytes.
 
-    def codegen(_, builder, signature, arguments):
-        pixels, streaming = (known.literal_value for known in signature.args[2:])
-        at_once = 8 if streaming else pixels
-        vector = ir.VectorType(ir.IntType(16), at_once).as_pointer()
-        for first in range(0, pixels, at_once):
-            to, start = (
-                builder.inttoptr(builder.add(address, address.type(2 * first)), vector)
-                for address in arguments[:2]
-            )
-            store = builder.store(builder.load(start, align=2), to, align=16 if streaming else 2)
-            if streaming:
-                store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        Both are known when compiling.
+        """
+        # numba asks again with the values themselves
+        if not all(isinstance(known, numba.types.Literal) for known in (pixels, streaming)):
+            return None
 
-    return numba.void(numba.int64, numba.int64, pixels, streaming), codegen
+        def codegen(_, builder, signature, arguments):
+            pixels, streaming = (known.literal_value for known in signature.args[2:])
+            at_once = 8 if streaming else pixels
+            vector = ir.VectorType(ir.IntType(16), at_once).as_pointer()
+            for first in range(0, pixels, at_once):
+                to, start = (
+                    builder.inttoptr(builder.add(address, address.type(2 * first)), vector)
+                    for address in arguments[:2]
+                )
+                value = builder.load(start, align=2)
+                store = builder.store(value, to, align=16 if streaming else 2)
+                if streaming:
+                    past = builder.module.add_metadata([ir.IntType(32)(1)])
+                    store.set_metadata("nontemporal", past)
+
+        return numba.void(numba.int64, numba.int64, pixels, streaming), codegen
+
+    return True
 
 
 @lru_cache
@@ -54,6 +71,7 @@ def _cutter(side, streaming):
     """Compiled copy of blocks of `side`×`side` samples out of a frame at `address`, with `stride`
     bytes from line to line; False, and no copy, if a position is not allowed.
     """
+    from av1nb.libaom import compiled
 
     @compiled
     def cut(address, stride, rows, cols, last_row, last_col, grid, blocks):
@@ -83,7 +101,7 @@ def extract_blocks(
     size: int,  # side of the blocks in pixels: 8, 16, 32 or 64
     margin: int = 0,  # pixels of context on each side; outside the frame its border is repeated
 ) -> np.ndarray:  # uint16 [n, size + 2·margin, size + 2·margin], in the order of the positions
-    """Cut blocks out of a frame.
+    """Cut blocks out of a frame: compiled by numba, or by numpy where that is missing, said once.
 
     Raises `ValueError` naming the first block that is off the grid or not wholly inside the frame.
     """
@@ -108,12 +126,18 @@ def extract_blocks(
         frame = np.pad(frame, margin, mode="edge")
     if frame.strides[1] != 2:
         frame = np.ascontiguousarray(frame)
-    source, target = (array.__array_interface__["data"][0] for array in (frame, blocks))
-    cut = _cutter(side, side % 8 == 0 and target % 16 == 0 and blocks.nbytes >= _STREAM_FROM)
-    if cut(source, frame.strides[0], rows, cols, height - size, width - size, size, blocks):
-        return blocks
+    if _can_compile():
+        source, target = (array.__array_interface__["data"][0] for array in (frame, blocks))
+        cut = _cutter(side, side % 8 == 0 and target % 16 == 0 and blocks.nbytes >= _STREAM_FROM)
+        if cut(source, frame.strides[0], rows, cols, height - size, width - size, size, blocks):
+            return blocks
     outside = (rows < 0) | (cols < 0) | (rows > height - size) | (cols > width - size)
-    i = (outside if outside.any() else ((rows | cols) & (size - 1)) != 0).argmax()
+    wrong = outside | (((rows | cols) & (size - 1)) != 0)
+    if not wrong.any():
+        if len(rows):
+            blocks[:] = np.lib.stride_tricks.sliding_window_view(frame, (side, side))[rows, cols]
+        return blocks
+    i = (outside if outside.any() else wrong).argmax()
     raise ValueError(
         f"Block {i} ({size}×{size} at row {rows[i]}, column {cols[i]}) "
         f"{f'does not lie inside the {width}×{height} frame' if outside.any() else f'is off the grid of {size} pixels'}."

@@ -19,8 +19,6 @@ from zipfile import BadZipFile, ZIP_DEFLATED, ZipFile, ZipInfo
 
 import numpy as np
 import pandas as pd
-from openpyxl import Workbook
-from openpyxl.writer.excel import ExcelWriter
 
 from .files import atomic_file
 from .partitions import MI, PartitionType, SIZES, SQUARE_CODE, legal_types, mi_shape
@@ -440,6 +438,9 @@ _EXCEL_COLUMNS = ("row", "col", "type", "qindex", "frame_type", "order_hint")
 @lru_cache
 def _empty_workbook():
     "Parts of a workbook with four empty sheets: name in the archive -> content."
+    from openpyxl import Workbook
+    from openpyxl.writer.excel import ExcelWriter
+
     book, packed = Workbook(), BytesIO()
     book.remove(book.active)
     for size in EXCEL_SIZES:

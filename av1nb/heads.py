@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.nn import functional
 from torch.serialization import safe_globals
@@ -74,6 +73,8 @@ def fit_temperature(
     Raises ValueError for empty, non-finite or one-class input. Guo, Pleiss, Sun, Weinberger 2017,
     On Calibration of Modern Neural Networks.
     """
+    from scipy.optimize import minimize_scalar
+
     logits, labels = logits.detach().double().cpu(), torch.as_tensor(labels).cpu()
     classes = 2 if logits.ndim == 1 else logits.shape[1]
     if len(logits) != len(labels) or len(labels) == 0:

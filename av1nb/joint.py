@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 
-import av
 import numpy as np
 import pandas as pd
 import torch
@@ -347,6 +346,8 @@ def read_luma(
 
     Raises `FileNotFoundError`, and `ValueError` for a file without a readable picture.
     """
+    import av
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -381,6 +382,8 @@ def read_luma(
 
 def _ten_bit(frame):
     "Luma of a decoded frame on the 10-bit scale, and what was done."
+    import av
+
     name, bits = frame.format.name, max(c.bits for c in frame.format.components)
     full = "yuvj" in name or frame.color_range == av.video.reformatter.ColorRange.JPEG
     if (

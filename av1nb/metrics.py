@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
-from sklearn import metrics as sk
 
 from .datasets import versions
 from .heads import to_probabilities
@@ -141,6 +139,8 @@ def classification_report(
     (rows true, columns decided), auc, ece, brier, nll (NaN without scores). Raises `ValueError` for
     labels outside the classes, different lengths, or scores that are no probabilities.
     """
+    from sklearn import metrics as sk  # half a second that not every start needs
+
     names, n = list(class_names), len(class_names)
     y_true, y_pred = checked_labels(y_true, n), checked_labels(y_pred, n, "y_pred")
     if len(y_true) != len(y_pred):
@@ -373,6 +373,8 @@ def seed_interval(
     Source: Student (1908), The Probable Error of a Mean. Raises `ValueError` for no value or one
     that is not finite.
     """
+    from scipy import stats
+
     values = np.asarray(values, float)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from .files import DISK_FULL, disk_full, make_folder, remove_empty
 from .streams import read_trees
@@ -735,6 +734,8 @@ def _named(inputs, sequences, suffix_of=lambda path: path.stem):
 
 
 def _progress(items, what, total=None):
+    from tqdm import tqdm
+
     return tqdm(items, desc=what, total=total, file=sys.stdout, ascii=True)
 
 

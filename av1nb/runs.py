@@ -23,10 +23,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
 import pandas as pd
-import papermill
-import yaml
 
 import av1nb
 from .heads import find_hierarchy, is_binary
@@ -178,6 +175,8 @@ def code_hash(*files) -> str:
     """SHA-256 (first 16 hex digits) of the library's modules and of `files`; a notebook counts by
     the source of its cells alone.
     """
+    import nbformat
+
     digest = hashlib.sha256()
     for path in (*sorted(Path(av1nb.__file__).parent.glob("*.py")), *map(Path, files)):
         if path.suffix == ".ipynb":
@@ -212,6 +211,8 @@ def find_notebook(name) -> Path:
 
 def parameters_of(notebook) -> dict:
     "The parameters a notebook takes, by name, with the text of their defaults."
+    import papermill  # three seconds that only a run of notebooks needs
+
     return {
         name: found["default"] for name, found in papermill.inspect_notebook(str(notebook)).items()
     }
@@ -221,6 +222,8 @@ def parse_parameters(pairs) -> dict:
     """`['epochs=3', 'amp=true']` to values, read as YAML; `ValueError` names a pair without an
     equals sign.
     """
+    import yaml
+
     values = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -242,6 +245,8 @@ def run_notebook(
     """Execute one notebook with papermill; `StageError` carries the notebook's own error in one
     sentence.
     """
+    import papermill
+
     notebook, output = Path(notebook), Path(output)
     known = parameters_of(notebook)
     if unknown := sorted(set(parameters) - set(known)):
@@ -469,6 +474,8 @@ def publish_outputs(run: RunDirectory, stages=PIPELINE):
 
     Raises `StageError` if a notebook's cells are not those that ran.
     """
+    import nbformat
+
     for stage in stages:
         executed_path, path = run / f"notebooks/{stage}.ipynb", find_notebook(stage)
         if not executed_path.exists():

@@ -6,8 +6,8 @@
 __all__ = ['PROVENANCE', 'TrainingError', 'TrainConfig', 'process', 'pick_device', 'has_bf16', 'autocast_dtype', 'set_seed',
            'rng_state', 'set_rng_state', 'save_torch', 'save_json', 'open_groups', 'parameter_groups', 'modules_of',
            'train_mode', 'make_scheduler', 'History', 'should_stop', 'not_finite', 'memory_explained',
-           'interruption_explained', 'progress_bar', 'SharedBatchNorm', 'Processes', 'leave', 'running_average',
-           'Trainer', 'complete_provenance', 'checkpoint', 'save_stage', 'refuse_difference', 'fit']
+           'interruption_explained', 'NoBar', 'progress_bar', 'SharedBatchNorm', 'Processes', 'leave',
+           'running_average', 'Trainer', 'complete_provenance', 'checkpoint', 'save_stage', 'refuse_difference', 'fit']
 
 # %% ../nbs/15_training.ipynb #f18b5819
 import io
@@ -30,7 +30,6 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from . import __version__
 from .backbones import layer_groups as backbone_layer_groups
@@ -511,13 +510,41 @@ def interruption_explained(
         raise
 
 # %% ../nbs/15_training.ipynb #d2ef4a0d
+class NoBar:
+    "What a training talks to when nobody is to see a bar."
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def update(self, n=1):
+        pass
+
+    def set_postfix(self, values=None, refresh=True):
+        pass
+
+    def set_description(self, text=None, refresh=True):
+        pass
+
+
 def progress_bar(
     total,  # batches of the whole training
     prefix,  # name of the training
     show=True,  # False: no bar
     initial=0,  # batches already done, when resuming
-) -> tqdm:
-    "A progress bar in plain characters on the standard output."
+):
+    """A progress bar in plain characters on the standard output: `tqdm`, or `NoBar` where none is
+    wanted or tqdm is missing, which is said.
+    """
+    if not show:
+        return NoBar()
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print(f"{prefix}: no progress bar, because tqdm is not installed", flush=True)
+        return NoBar()
     interactive = sys.stdout.isatty()
     return tqdm(
         total=total,
@@ -526,7 +553,6 @@ def progress_bar(
         unit="batch",
         file=sys.stdout,
         ascii=True,
-        disable=not show,
         mininterval=0.3 if interactive else 5.0,
         ncols=None if interactive else 140,
         dynamic_ncols=interactive,
