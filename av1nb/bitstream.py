@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SEQUENCE_HEADER', 'TEMPORAL_DELIMITER', 'FRAME_HEADER', 'TILE_GROUP', 'METADATA', 'FRAME', 'REDUNDANT_FRAME_HEADER',
-           'TILE_LIST', 'PADDING', 'StreamError', 'Bits', 'read_leb128', 'leb128', 'Obu', 'split_obus',
-           'SequenceHeader', 'FrameUnit', 'split_frames', 'temporal_units']
+           'TILE_LIST', 'PADDING', 'MAX_BOX', 'StreamError', 'Bits', 'read_leb128', 'leb128', 'Obu', 'split_obus',
+           'SequenceHeader', 'FrameUnit', 'split_frames', 'Box', 'boxes', 'Item', 'Items', 'Part', 'Contents',
+           'contents', 'find_part', 'temporal_units']
 
 # %% ../nbs/02_bitstream.ipynb #c74cf9c3
+import io
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import av
 
 # %% ../nbs/02_bitstream.ipynb #77178dac
 class StreamError(ValueError):
@@ -85,6 +86,19 @@ class Obu:
     extension: int | None = None  # extension byte (temporal and spatial layer), if there is one
 
     @property
+    def layer(self) -> int:  # spatial layer, 0 where there is only one
+        return 0 if self.extension is None else self.extension >> 3 & 3
+
+    def belongs_to(
+        self,
+        operating_point: int,  # layers of the point, as in `SequenceHeader.operating_points`
+    ) -> bool:  # whether a decoder that plays this point decodes the unit
+        if not operating_point or self.extension is None or self.kind == SEQUENCE_HEADER:
+            return True
+        temporal = operating_point >> (self.extension >> 5) & 1
+        return bool(temporal and operating_point >> (8 + self.layer) & 1)
+
+    @property
     def coded(self) -> bytes:  # the unit with a size field, as libaom wants it
         has_extension = self.extension is not None
         head = bytes([self.kind << 3 | has_extension << 2 | 2]) + (
@@ -129,6 +143,9 @@ class SequenceHeader:
     width: int  # largest frame width, pixels
     height: int  # largest frame height, pixels
     reduced: bool  # reduced header of a still picture: every frame is a shown key frame
+    # of each operating point, best first, the layers that belong to it: bit t for temporal layer t,
+    # bit 8 + s for spatial layer s; 0 means all
+    operating_points: tuple[int, ...] = (0,)
 
     @classmethod
     def parse(
@@ -141,14 +158,15 @@ class SequenceHeader:
         reduced = bool(bits.read())
         if reduced:
             bits.read(5)  # level
+            points = (0,)
         else:
-            cls._skip_operating_points(bits)
+            points = cls._operating_points(bits)
         width_bits, height_bits = bits.read(4) + 1, bits.read(4) + 1
-        return cls(bits.read(width_bits) + 1, bits.read(height_bits) + 1, reduced)
+        return cls(bits.read(width_bits) + 1, bits.read(height_bits) + 1, reduced, points)
 
     @staticmethod
-    def _skip_operating_points(bits):
-        delay_length = None
+    def _operating_points(bits):
+        delay_length, points = None, []
         if bits.read():  # timing info
             bits.read(64)
             if bits.read():  # equal picture interval: a number in Exp-Golomb form
@@ -161,13 +179,14 @@ class SequenceHeader:
                 bits.read(42)
         display_delay = bits.read()
         for _ in range(bits.read(5) + 1):
-            bits.read(12)
+            points.append(bits.read(12))
             if bits.read(5) > 7:
                 bits.read()
             if delay_length is not None and bits.read():
                 bits.read(2 * delay_length + 1)
             if display_delay and bits.read():
                 bits.read(4)
+        return tuple(points)
 
 # %% ../nbs/02_bitstream.ipynb #34a1bcaa
 @dataclass(frozen=True)
@@ -179,6 +198,7 @@ class FrameUnit:
     frame_kind: int = 0  # 0 key, 1 inter, 2 intra only, 3 switch (meaningless if shown_slot is set)
     shown: bool = True  # False: decoded now, shown later or never
     sequence: SequenceHeader | None = None  # sequence header in force
+    layer: int = 0  # spatial layer
 
 
 def split_frames(
@@ -210,14 +230,16 @@ def split_frames(
         )
         if sequence is None:
             raise ValueError("no sequence header comes before the first frame")
-        bits = Bits(next(o.payload for o in group if o.kind in (FRAME_HEADER, FRAME)))
+        first = next(o for o in group if o.kind in (FRAME_HEADER, FRAME))
+        bits = Bits(first.payload)
         if sequence.reduced:
             header = (None, 0, True)
         elif bits.read():
             header = (bits.read(3), 0, True)
         else:
             header = (None, bits.read(2), bool(bits.read()))
-        frames.append(FrameUnit(b"".join(o.coded for o in group), *header, sequence))
+        coded = b"".join(o.coded for o in group)
+        frames.append(FrameUnit(coded, *header, sequence, first.layer))
     return frames
 
 # %% ../nbs/02_bitstream.ipynb #37d59aea
@@ -248,7 +270,7 @@ def _ivf_units(path, file):
             " encode it again."
         )
 
-
+# %% ../nbs/02_bitstream.ipynb #5d0c11ab
 def _annexb_units(data):
     """Temporal units of an Annex B file, rewritten with size fields.
 
@@ -300,7 +322,355 @@ def _section5_units(data):
     if unit:
         yield b"".join(o.coded for o in unit)
 
+# %% ../nbs/02_bitstream.ipynb #5d0c11ad
+MAX_BOX = 2**24  # largest description that is read into memory, bytes; real ones have some hundred
 
+
+@dataclass(frozen=True)
+class Box:
+    "One box of an ISO base media file, and where its content lies."
+
+    kind: str  # type, four letters
+    start: int  # first byte of the content, from the beginning of the file
+    end: int  # byte after the last one
+
+    def content(
+        self,
+        file: io.BufferedIOBase,  # file that holds the box
+    ) -> bytes:  # all of it
+        "Raises `ValueError` for more than `MAX_BOX` bytes."
+        if self.end - self.start > MAX_BOX:
+            raise ValueError(
+                f"its box {self.kind!r} has {self.end - self.start} bytes, more than the {MAX_BOX}"
+                " that are read"
+            )
+        file.seek(self.start)
+        return file.read(self.end - self.start)
+
+
+def boxes(
+    file: io.BufferedIOBase,  # file that can seek
+    start: int,  # where the first box begins
+    end: int,  # where the last one ends
+    # False: end at the first thing that is no box, as every player does at the end of a file
+    strict: bool = True,
+) -> Iterator[Box]:  # boxes in order
+    "Walk over a row of boxes. Raises `ValueError` if one does not fit and `strict` is set."
+    while start < end:
+        file.seek(start)
+        head = file.read(16)
+        size, kind, length = int.from_bytes(head[:4], "big"), head[4:8].decode("latin-1"), 8
+        if size == 1:
+            size, length = int.from_bytes(head[8:16], "big"), 16
+        elif size == 0:  # reaches to the end of what it lies in
+            size = end - start
+        if len(head) < 8 or size < length or size > end - start:
+            if not strict:
+                return
+            raise ValueError(f"a box {kind!r} does not fit into what it lies in")
+        yield Box(kind, start + length, start + size)
+        start += size
+
+# %% ../nbs/02_bitstream.ipynb #5d0c11b0
+@dataclass(frozen=True)
+class Item:
+    "One item of an AVIF file."
+
+    kind: str  # type, four letters: "av01" a coded picture, "grid" tiles that make one, and others
+    # position in the file and length of each piece of its data, bytes
+    extents: tuple[tuple[int, int], ...] = ()
+    refused: str = ""  # why the data cannot be read, in words; empty if they can
+    # box type and content of each property, in the order of their association
+    properties: tuple[tuple[str, bytes], ...] = ()
+
+    def property(
+        self,
+        kind: str,  # box type
+    ) -> bytes:  # content of the first such property, empty if there is none
+        return next((content for found, content in self.properties if found == kind), b"")
+
+    def data(
+        self,
+        file: io.BufferedIOBase,  # file that holds the item
+    ) -> bytes:  # all its pieces, joined
+        "Raises `ValueError` if it lies elsewhere or has more bytes than the whole file."
+        if self.refused:
+            raise ValueError(self.refused)
+        if sum(length for _, length in self.extents) > file.seek(0, io.SEEK_END):
+            raise ValueError("an item has more bytes than the file")
+        pieces = []
+        for position, length in self.extents:
+            file.seek(position)
+            pieces.append(file.read(length))
+        return b"".join(pieces)
+
+
+def _item_kinds(content):
+    "Type of each item, and why it cannot be read, from the content of `iinf`."
+    bits, file = Bits(content), io.BytesIO(content)
+    version = bits.read(32) >> 24
+    bits.read(32 if version else 16)  # number of entries
+    kinds = {}
+    for entry in boxes(file, bits.position // 8, len(content)):
+        bits = Bits(entry.content(file))
+        version = bits.read(32) >> 24
+        if entry.kind == "infe" and version in (2, 3):
+            number, protected = bits.read(32 if version == 3 else 16), bits.read(16)
+            kind = bits.read(32).to_bytes(4, "big").decode("latin-1")
+            kinds[number] = kind, "the picture is encrypted" if protected else ""
+    return kinds
+
+# %% ../nbs/02_bitstream.ipynb #5d0c11b2
+def _item_extents(content, source):
+    """Pieces of each item, and why they cannot be read, from the content of `iloc`; `source` is
+    the range (start, end) of the file and of `idat`.
+    """
+    bits = Bits(content)
+    version = bits.read(32) >> 24
+    offset_size, length_size, base_size, index_size = (8 * bits.read(4) for _ in range(4))
+    number_size = 32 if version == 2 else 16
+    found = {}
+    for _ in range(bits.read(number_size)):
+        number, construction = bits.read(number_size), bits.read(16) & 15 if version else 0
+        elsewhere, base, count = bits.read(16), bits.read(base_size), bits.read(16)
+        extents = []
+        for _ in range(count):
+            bits.read(index_size if version else 0)
+            extents.append((base + bits.read(offset_size), bits.read(length_size)))
+        if elsewhere or construction not in source:
+            where = "another file" if elsewhere else "another item"
+            found[number] = (), f"the picture's data lie in {where}, which is not supported"
+            continue
+        start, end = source[construction]
+        if count == 1 and extents[0][1] == 0:  # no length: to the end
+            extents = [(extents[0][0], max(0, end - start - extents[0][0]))]
+        if any(offset + length > end - start for offset, length in extents):
+            raise ValueError(f"item {number} reaches over the end of the file")
+        found[number] = tuple((start + offset, length) for offset, length in extents), ""
+    return found
+
+
+def _item_properties(content):
+    "Properties of each item, from the content of `iprp`."
+    file = io.BytesIO(content)
+    parts = list(boxes(file, 0, len(content)))
+    known = [
+        (one.kind, one.content(file))
+        for part in parts
+        if part.kind == "ipco"
+        for one in boxes(file, part.start, part.end)
+    ]
+    found = {}
+    for part in parts:
+        if part.kind != "ipma":
+            continue
+        bits = Bits(part.content(file))
+        version, flags = bits.read(8), bits.read(24)
+        for _ in range(bits.read(32)):
+            number = bits.read(32 if version else 16)
+            for _ in range(bits.read(8)):
+                bits.read()  # essential
+                index = bits.read(15 if flags & 1 else 7)
+                if index > len(known):
+                    raise ValueError(f"item {number} has a property that does not exist")
+                if index:
+                    found.setdefault(number, []).append(known[index - 1])
+    return found
+
+# %% ../nbs/02_bitstream.ipynb #5d0c11b3
+@dataclass(frozen=True)
+class Items:
+    "What the box `meta` of an AVIF file says."
+
+    primary: int  # number of the item that is the picture
+    items: dict[int, Item]  # by number
+    # type of each reference, the item that refers, and those that it refers to, in order
+    references: tuple[tuple[str, int, tuple[int, ...]], ...]
+
+    @classmethod
+    def read(
+        cls,
+        file: io.BufferedIOBase,  # AVIF file
+        meta: Box,  # its box `meta`
+    ) -> "Items":
+        "Raises `ValueError` for boxes that are missing or contradict each other."
+        parts = {part.kind: part for part in boxes(file, meta.start + 4, meta.end)}
+        if missing := [kind for kind in ("pitm", "iinf", "iloc") if kind not in parts]:
+            raise ValueError(f"its box 'meta' has no {missing[0]!r}")
+        contents = {
+            kind: parts[kind].content(file) if kind in parts else b""
+            for kind in ("pitm", "iinf", "iloc", "iprp", "iref")
+        }
+        source = {0: (0, file.seek(0, io.SEEK_END))}
+        if "idat" in parts:
+            source[1] = parts["idat"].start, parts["idat"].end
+        bits = Bits(contents["pitm"])
+        primary = bits.read(32 if bits.read(32) >> 24 else 16)
+        places = _item_extents(contents["iloc"], source)
+        properties = _item_properties(contents["iprp"])
+        items = {}
+        for number, (kind, refused) in _item_kinds(contents["iinf"]).items():
+            extents, elsewhere = places.get(number, ((), "the picture has no data"))
+            items[number] = Item(
+                kind, extents, refused or elsewhere, tuple(properties.get(number, ()))
+            )
+        if primary not in items:
+            raise ValueError(f"its picture, item {primary}, is not described")
+        return cls(primary, items, tuple(_item_references(contents["iref"])))
+
+    def inputs(
+        self,
+        number: int,  # item that is derived from others
+    ) -> tuple[int, ...]:  # those others, in order
+        return tuple(
+            one
+            for kind, start, targets in self.references
+            if kind == "dimg" and start == number
+            for one in targets
+        )
+
+
+def _item_references(content):
+    "References between items, from the content of `iref`."
+    if not content:
+        return
+    file = io.BytesIO(content)
+    size = 32 if content[0] else 16
+    for one in boxes(file, 4, len(content)):
+        bits = Bits(one.content(file))
+        start = bits.read(size)
+        yield one.kind, start, tuple(bits.read(size) for _ in range(bits.read(16)))
+
+# %% ../nbs/02_bitstream.ipynb #5d0c11b5
+@dataclass(frozen=True)
+class Part:
+    "One stream of a file: the whole file, a tile of a grid, or a layer of a picture."
+
+    # "" for the whole file, "r<row>_c<column>" for a tile, "l<layer>" for a layer, "r0_c0_l1" for
+    # both
+    name: str = ""
+    item: Item | None = None  # AVIF item that holds the data; None: what the container holds
+    operating_point: int = 0  # number of the operating point to decode
+    layer: int | None = None  # spatial layer that is delivered; None: all of them
+
+
+@dataclass(frozen=True)
+class Contents:
+    "What a file holds."
+
+    parts: tuple[Part, ...] = (Part(),)  # streams, the smallest ones that there are
+    left_out: tuple[str, ...] = ()  # what else there is, in words
+
+    def part(
+        self,
+        name: str = "",  # "" for the whole file, or a part, see `Part`
+    ) -> Part:  # the one; for a picture of several layers, all of them
+        "Raises `ValueError`, naming the parts, if there is none or if they are several pictures."
+        if exact := [part for part in self.parts if part.name == name]:
+            return exact[0]
+        start = name and name + "_"
+        below = [
+            p for p in self.parts if p.layer is not None and p.name.rpartition("l")[0] == start
+        ]
+        if below:
+            return replace(below[0], name=name, layer=None)
+        what = (
+            "it is a grid of tiles, each a picture of its own"
+            if not name
+            else "there is no such part"
+        )
+        names = ", ".join(part.name or "''" for part in self.parts[:8])
+        more = " …" if len(self.parts) > 8 else ""
+        raise ValueError(f"{what}; name one of the parts {names}{more}, or label the whole file")
+
+
+def _item_obus(file, item):
+    "OBUs of a coded item; the sequence header of its property `av1C` first where it has none."
+    obus = split_obus(item.data(file))
+    if not any(obu.kind == SEQUENCE_HEADER for obu in obus):
+        obus = split_obus(item.property("av1C")[4:]) + obus
+    return obus
+
+
+def _item_point(obus, number):
+    "Layers of the operating point of this number."
+    header = next((o.payload for o in obus if o.kind == SEQUENCE_HEADER), None)
+    if header is None:
+        raise ValueError("the picture has no sequence header")
+    points = SequenceHeader.parse(header).operating_points
+    if number >= len(points):
+        raise ValueError(f"the picture has no operating point {number}")
+    return points[number]
+
+
+def _item_parts(file, item, name):
+    "Layers of one coded item as parts; itself if there is one layer only, or one is selected."
+    number = int.from_bytes(item.property("a1op")[:1], "big")
+    selected = int.from_bytes(item.property("lsel")[:2] or b"\xff\xff", "big")
+    if selected != 0xFFFF:
+        return [Part(name, item, number, selected)]
+    obus = _item_obus(file, item)
+    point = _item_point(obus, number)
+    frames = [obu for obu in obus if obu.kind in (FRAME, FRAME_HEADER)]
+    layers = sorted({obu.layer for obu in frames if obu.belongs_to(point)})
+    if len(layers) < 2:
+        return [Part(name, item, number)]
+    start = name and name + "_"
+    return [Part(f"{start}l{layer}", item, number, layer) for layer in layers]
+
+# %% ../nbs/02_bitstream.ipynb #5d0c11b7
+def _grid_tiles(file, items, number):
+    "Name and item of each tile of a grid."
+    bits = Bits(items.items[number].data(file))
+    bits.read(16)  # version and flags
+    rows, columns, tiles = bits.read(8) + 1, bits.read(8) + 1, items.inputs(number)
+    if len(tiles) != rows * columns:
+        raise ValueError(f"a grid of {rows}×{columns} tiles has {len(tiles)}")
+    for place, tile in enumerate(tiles):
+        name = f"r{place // columns}_c{place % columns}"
+        kind = items.items[tile].kind if tile in items.items else "missing"
+        if kind != "av01":
+            raise ValueError(
+                f"tile {name} of the grid is {kind!r}; only tiles of AV1 are supported"
+            )
+        yield name, items.items[tile]
+
+
+def _left_out(items):
+    "What an AVIF file holds beside its picture, in words."
+    used = {one for kind, _, targets in items.references if kind == "dimg" for one in targets}
+    kinds = {start: kind for kind, start, _ in items.references if kind in ("auxl", "thmb")}
+    for number, item in items.items.items():
+        if number == items.primary or number in used or item.kind not in ("av01", "grid", "tmap"):
+            continue
+        purpose = item.property("auxC").decode("latin-1")
+        if item.kind == "tmap":
+            yield "a gain map"
+        elif kinds.get(number) == "thmb":
+            yield "a thumbnail"
+        elif kinds.get(number) == "auxl":
+            yield "an alpha plane" if "alpha" in purpose else "an auxiliary picture"
+        else:
+            yield f"another picture (item {number})"
+
+
+def _still_contents(file, meta):
+    "Parts of the still picture of an AVIF file."
+    items = Items.read(file, meta)
+    picture = items.items[items.primary]
+    if picture.kind == "av01":
+        parts = _item_parts(file, picture, "")
+    elif picture.kind == "grid":
+        tiles = _grid_tiles(file, items, items.primary)
+        parts = [part for name, tile in tiles for part in _item_parts(file, tile, name)]
+    else:
+        raise ValueError(
+            f"its picture is of the type {picture.kind!r}; pictures of AV1 ('av01') and grids of"
+            " them are supported"
+        )
+    return Contents(tuple(parts), tuple(_left_out(items)))
+
+# %% ../nbs/02_bitstream.ipynb #5d0c11b9
 def _announced_end(head, file):
     """Position at which a Matroska or MP4 file says that it ends; 0 if it does not say.
 
@@ -330,26 +700,157 @@ def _announced_end(head, file):
     return position
 
 
-def _demuxed_units(path):
+def _child(file, box, *kinds):
+    "Box that is reached by this path of types; None if there is none."
+    for kind in kinds:
+        if box is not None:
+            box = next((b for b in boxes(file, box.start, box.end) if b.kind == kind), None)
+    return box
+
+
+def _handler(file, box):
+    """What a box `hdlr` says: "pict" and "vide" for pictures, "auxv" for alpha; empty if missing."""
+    return "" if box is None else box.content(file)[8:12].decode("latin-1")
+
+
+def _iso_boxes(file):
+    "Box `meta` of a file's still picture, None if there is none, and the handlers of its tracks."
+    meta, movie = None, None
+    for one in boxes(file, 0, file.seek(0, io.SEEK_END), strict=False):
+        if one.kind == "meta":
+            file.seek(one.start + 4)  # its first box is the handler
+            head = file.read(20)
+            meta = one if head[4:8] == b"hdlr" and head[16:] == b"pict" else meta
+        movie = one if one.kind == "moov" else movie
+    tracks = [] if movie is None else boxes(file, movie.start, movie.end)
+    handlers = [
+        _handler(file, _child(file, track, "mdia", "hdlr"))
+        for track in tracks
+        if track.kind == "trak"
+    ]
+    return meta, handlers
+
+# %% ../nbs/02_bitstream.ipynb #5d0c11ba
+def contents(
+    path: str | os.PathLike,  # AV1 file
+) -> Contents:  # its parts
+    """Parts of a file; one for all but AVIF pictures with tiles or layers.
+
+    Raises `FileNotFoundError`, or `StreamError` for an AVIF file whose picture cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file.")
+    with open(path, "rb") as file:
+        if not _is_iso(path, file):
+            return Contents()
+        try:
+            meta, handlers = _iso_boxes(file)
+            if handlers or meta is None:
+                alpha = handlers.count("auxv")
+                return Contents(left_out=("an alpha track",) * alpha)
+            return _still_contents(file, meta)
+        except ValueError as error:
+            raise _unreadable(path, error) from error
+
+
+def find_part(
+    path: str | os.PathLike,  # AV1 file
+    name: str = "",  # "" for the whole file, or one of its parts, see `Part`
+) -> Part:  # the part
+    "One part of a file. Raises as `contents` does, and `StreamError` if there is no such part."
+    found = contents(path)
     try:
-        with av.open(os.fspath(path), metadata_errors="replace") as container:
-            known = [s for s in container.streams if s.codec_context is not None]
-            found = [s for s in known if s.codec_context.codec.canonical_name == "av1"]
-            if not found:
-                others = (
-                    ", ".join(s.codec_context.codec.canonical_name for s in known)
-                    or "nothing that is known"
-                )
-                raise StreamError(f"{path} holds no AV1 video (it holds {others}).")
-            main = [s for s in found if s.disposition & av.stream.Disposition.default] or found
-            if len(main) > 1 and main is found:
-                raise StreamError(
-                    f"{path} holds {len(found)} AV1 pictures and does not say which one to take (a"
-                    " grid of tiles?)."
-                )
-            extra = bytes(main[0].codec_context.extradata or b"")
+        return found.part(name)
+    except ValueError as error:
+        raise StreamError(f"{path} cannot be read as one stream: {error}.") from error
+
+# %% ../nbs/02_bitstream.ipynb #5d0c11bf
+def _unreadable(path, error):
+    return StreamError(
+        f"{path} cannot be read as AVIF: {error}. If other programs show it, save it there as a"
+        " plain AVIF picture."
+    )
+
+
+def _is_iso(path, file):
+    "Whether a file is made of boxes; raises `StreamError` if it is shorter than they say."
+    file.seek(0)
+    head = file.read(64)
+    if head[4:8] != b"ftyp":
+        return False
+    _require_whole(path, head, file)
+    return True
+
+
+def _require_whole(path, head, file):
+    end, size = _announced_end(head, file), path.stat().st_size
+    if end > size:
+        raise StreamError(
+            f"{path} is cut off: it has {size} bytes and announces {end}; copy or encode it again."
+        )
+
+
+def _item_units(path, file, part):
+    "The one temporal unit of an AVIF item, without the OBUs that its operating point leaves out."
+    try:
+        obus = _item_obus(file, part.item)
+        point = _item_point(obus, part.operating_point)
+        yield b"".join(obu.coded for obu in obus if obu.belongs_to(point))
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+
+# %% ../nbs/02_bitstream.ipynb #5d0c11bc
+class _WithoutItems(io.FileIO):
+    "A file whose box `meta` reads as a box that everybody skips."
+
+    def __init__(self, path, meta):
+        super().__init__(path)
+        self.kind = meta.start - 4  # where the type of the box stands
+
+    def read(self, size=-1):
+        position = self.tell()
+        data = bytearray(super().read(size))
+        for i, letter in enumerate(b"free", self.kind - position):
+            if 0 <= i < len(data):
+                data[i] = letter
+        return bytes(data)
+
+
+def _av1_track(path, container, handlers, default):
+    """The AV1 stream of an opened container that holds its pictures, not its alpha plane: the first
+    one that is marked as default, else the first.
+    """
+    known = [s for s in container.streams if s.codec_context is not None]
+    found = [
+        s
+        for s in known
+        if s.codec_context.codec.canonical_name == "av1"
+        and not (s.index < len(handlers) and handlers[s.index] == "auxv")
+    ]
+    if not found:
+        names = [s.codec_context.codec.canonical_name for s in known]
+        others = ", ".join(names) or "nothing that is known"
+        raise StreamError(f"{path} holds no AV1 video (it holds {others}).")
+    return next((s for s in found if s.disposition & default), found[0])
+
+
+def _demuxed_units(path, meta=None, handlers=()):
+    "Packets of the AV1 track of a container."
+    try:
+        import av
+    except ImportError as error:
+        raise StreamError(
+            f"{path} is a container that PyAV demuxes, which is not installed: pip install av, or"
+            " give the stream as an IVF or OBU file."
+        ) from error
+    source = nullcontext(os.fspath(path)) if meta is None else _WithoutItems(path, meta)
+    try:
+        with source as opened, av.open(opened, metadata_errors="replace") as container:
+            stream = _av1_track(path, container, handlers, av.stream.Disposition.default)
+            extra = bytes(stream.codec_context.extradata or b"")
             setup = extra[4:] if extra[:1] == b"\x81" else b""  # OBUs of the av1C record
-            for number, packet in enumerate(container.demux(main[0])):
+            for number, packet in enumerate(container.demux(stream)):
                 if not packet.size:
                     continue
                 if packet.is_corrupt:
@@ -357,60 +858,61 @@ def _demuxed_units(path):
                         f"{path} is damaged or cut off in packet {number}; copy or encode it again."
                     )
                 data = bytes(packet)
-                if (
-                    setup
-                    and number == 0
-                    and not any(o.kind == SEQUENCE_HEADER for o in split_obus(data))
-                ):
+                if number == 0 and not any(o.kind == SEQUENCE_HEADER for o in split_obus(data)):
                     data = setup + data
                 yield data
     except StreamError:
         raise
     except av.error.FFmpegError as error:
         raise StreamError(
-            f"{path} cannot be demuxed: {error.strerror}. The file is damaged or cut off."
+            f"{path} cannot be demuxed by FFmpeg: {error.strerror}. It is damaged or cut off, or of"
+            " a form that FFmpeg does not read; copy it again, or save it in another container."
         ) from error
     except ValueError as error:
         raise StreamError(f"{path} is damaged: {error}.") from error
 
-
+# %% ../nbs/02_bitstream.ipynb #5d0c11be
 def temporal_units(
     path: str | os.PathLike,  # IVF, OBU (Section 5 or Annex B), WebM, Matroska, MP4 or AVIF file
+    # stream to read, where there are several: a tile "r0_c1" of an AVIF grid, a layer "l0" of a
+    # layered AVIF picture (its packet holds all layers); see `contents`
+    part: str = "",
 ) -> Iterator[bytes]:  # one packet after the other: OBUs with size fields
     """Packets of an AV1 file.
 
-    Raises `FileNotFoundError`, or `StreamError` for a file that is empty, cut off or not AV1.
+    Raises `FileNotFoundError`, or `StreamError` for a file that is empty, cut off or not AV1, or
+    that has no such part.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file.")
+    wanted = find_part(path, part)
     with open(path, "rb") as file:
-        magic = file.read(64)
-        if not magic:
-            raise StreamError(f"{path} is empty.")
-        file.seek(0)
-        if magic[:4] == b"DKIF":
-            yield from _ivf_units(path, file)
-        elif magic[:4] == b"\x1a\x45\xdf\xa3" or magic[4:8] == b"ftyp":
-            end, size = _announced_end(magic, file), path.stat().st_size
-            if end > size:
-                raise StreamError(
-                    f"{path} is cut off: it has {size} bytes and announces {end}; copy or encode it"
-                    " again."
-                )
-            yield from _demuxed_units(path)
-        elif magic[:2] == b"\x12\x00" or _is_annexb(magic) or magic[:1] == b"\x0a":
-            reader = (
-                _section5_units
-                if magic[:2] == b"\x12\x00" or not _is_annexb(magic)
-                else _annexb_units
-            )
-            try:
-                yield from reader(file.read())
-            except ValueError as error:
-                raise StreamError(f"{path} is damaged: {error}.") from error
+        if wanted.item is not None:
+            yield from _item_units(path, file, wanted)
         else:
-            raise StreamError(
-                f"{path} is not an AV1 stream: it is neither IVF, OBU, WebM, Matroska, MP4 nor"
-                " AVIF."
-            )
+            yield from _container_units(path, file)
+
+
+def _container_units(path, file):
+    "Packets of a file that is one stream."
+    magic = file.read(64)
+    if not magic:
+        raise StreamError(f"{path} is empty.")
+    if magic[4:8] == b"ftyp":
+        yield from _demuxed_units(path, *_iso_boxes(file))
+        return
+    _require_whole(path, magic, file)
+    file.seek(0)
+    if magic[:4] == b"DKIF":
+        yield from _ivf_units(path, file)
+    elif magic[:4] == b"\x1a\x45\xdf\xa3":
+        yield from _demuxed_units(path)
+    elif magic[:2] == b"\x12\x00" or _is_annexb(magic) or magic[:1] == b"\x0a":
+        section5 = magic[:2] == b"\x12\x00" or not _is_annexb(magic)
+        try:
+            yield from (_section5_units if section5 else _annexb_units)(file.read())
+        except ValueError as error:
+            raise StreamError(f"{path} is damaged: {error}.") from error
+    else:
+        raise StreamError(
+            f"{path} is not an AV1 stream: it is neither IVF, OBU, WebM, Matroska, MP4 nor AVIF."
+        )

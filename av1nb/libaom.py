@@ -485,6 +485,7 @@ _SKIP_FILM_GRAIN, _GET_SB_SIZE, _GET_BASE_QINDEX, _GET_ORDER_HINT, _GET_MI_INFO 
     294,
     295,
 )
+_SET_OPERATING_POINT = 279
 _HIGH_BIT_DEPTH = 0x800  # bit of an image format: two bytes a sample
 _MI_HEIGHT, _MI_WIDTH = (np.asarray(a, np.int64) // 4 for a in (BLOCK_HEIGHT, BLOCK_WIDTH))
 
@@ -494,7 +495,7 @@ class _Decoder:
     nor frame.
     """
 
-    def __init__(self, libaom, threads=1, film_grain=True):
+    def __init__(self, libaom, threads=1, film_grain=True, operating_point=0):
         self.libaom, self.context = libaom, _Context()
         config = (ctypes.c_uint * 16)(threads, 0, 0, 1)  # threads, width, height, allow_lowbitdepth
         context, iface = ctypes.byref(self.context), libaom.aom_codec_av1_dx()
@@ -504,6 +505,8 @@ class _Decoder:
             raise LibaomError(f"{libaom.name} cannot start a decoder: {libaom.error_text(code)}.")
         if not film_grain:
             libaom.aom_codec_control(context, _SKIP_FILM_GRAIN, ctypes.c_int(1))
+        if operating_point:
+            libaom.aom_codec_control(context, _SET_OPERATING_POINT, ctypes.c_int(operating_point))
         self.record = np.zeros(4096, np.uint8)
 
     def __enter__(self):

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .partitions import coded_nodes
-from .bitstream import StreamError, split_frames, temporal_units
+from .bitstream import StreamError, find_part, split_frames, temporal_units
 from av1nb.libaom import (
     Libaom,
     LibaomError,
@@ -110,6 +110,9 @@ class Trees(Iterator):
         luma: bool = True,  # copy the decoded luma
         film_grain: bool = True,  # synthesise film grain where the stream asks for it
         threads: int = 1,  # decoder threads
+        operating_point: int = 0,  # which of the stream's operating points is decoded
+        # spatial layer whose frames are delivered, the others are decoded only; None: all layers
+        layer: int | None = None,
     ):
         if hidden not in ("read", "skip"):
             raise ValueError(f'hidden is {hidden!r}; it must be "read" or "skip".')
@@ -123,6 +126,7 @@ class Trees(Iterator):
             film_grain,
             threads,
         )
+        self._operating_point, self._layer = operating_point, layer
         # slot -> facts of its frame; coded_index -> hidden frame that was not put out yet
         self._slots, self._pending = {}, {}
         self._frames = self._run(packets)
@@ -136,7 +140,8 @@ class Trees(Iterator):
 
     def _run(self, packets):
         sequence = None
-        with _Decoder(self._libaom, self._threads, self._film_grain) as decoder:
+        settings = self._threads, self._film_grain, self._operating_point
+        with _Decoder(self._libaom, *settings) as decoder:
             for packet in packets:
                 try:
                     units = split_frames(packet, sequence)
@@ -152,6 +157,8 @@ class Trees(Iterator):
             yield from self._forget(set(self._pending))
         if not self.coded:
             raise StreamError(f"{self.name} holds no frame.")
+        if self._layer is not None and not self.put_out:
+            raise StreamError(f"{self.name} holds no frame of layer {self._layer}.")
 
     def _damaged(self, error):
         return StreamError(
@@ -171,7 +178,7 @@ class Trees(Iterator):
         if unit.shown and image is None:
             raise ValueError("the decoder put out no picture for a shown frame")
         if unit.shown_slot is not None:
-            return [self._shown_later(unit.shown_slot, image)]
+            return self._shown_later(unit, image)
         frame = self._coded_frame(decoder, unit)
         updates = decoder.ask(_GET_REF_UPDATES) & 0xFF
         if not unit.shown and updates:
@@ -189,7 +196,7 @@ class Trees(Iterator):
         elif not unit.shown:
             ready += self._never_put_out(frame)
         else:
-            ready.append(self._put_out(frame))
+            ready += self._put_out(unit, frame)
         return ready
 
     def _coded_frame(self, decoder, unit):
@@ -214,7 +221,8 @@ class Trees(Iterator):
             qindex=qindex,
         )
 
-    def _shown_later(self, slot, image):
+    def _shown_later(self, unit, image):
+        slot = unit.shown_slot
         if slot not in self._slots:
             raise ValueError(f"it shows reference slot {slot}, which holds no frame")
         facts = self._slots[slot]
@@ -226,7 +234,7 @@ class Trees(Iterator):
             frame = Frame(**facts | dict(repeated=True))
             self.repeated += 1
         self._add_picture(frame, image)
-        return self._put_out(frame)
+        return self._put_out(unit, frame)
 
     def _add_picture(self, frame, image):
         if (image.d_w, image.d_h) != (frame.width, frame.height):
@@ -238,9 +246,11 @@ class Trees(Iterator):
         if self._luma:
             frame.luma = _luma(image)
 
-    def _put_out(self, frame):
+    def _put_out(self, unit, frame):
+        if self._layer not in (None, unit.layer):
+            return []
         frame.index, self.put_out = self.put_out, self.put_out + 1
-        return frame
+        return [frame]
 
     def _forget(self, coded):
         return [f for i in sorted(coded) for f in self._never_put_out(self._pending.pop(i))]
@@ -328,15 +338,27 @@ def read_trees(
     luma: bool = True,  # copy the decoded luma
     film_grain: bool = True,  # synthesise film grain where the stream asks for it
     threads: int = 1,  # decoder threads
+    # stream to read, where the file holds several: a tile "r0_c1" of an AVIF grid, a layer "l0" of
+    # a layered AVIF picture; "" reads all layers, one frame each. See `bitstream.contents`
+    part: str = "",
 ) -> Trees:  # iterator of `Frame`, in display order
     """Partition trees and pixels of an AV1 stream, frame by frame.
 
-    Raises `FileNotFoundError`, `LibaomError`, or, while iterating, `StreamError` for a stream that
-    is not AV1, cut off or damaged (frames before the damage are delivered). Not readable, and said
-    so: super-resolution and large-scale tiles.
+    Raises `FileNotFoundError`, `LibaomError`, `StreamError` for a file without such a part, or,
+    while iterating, `StreamError` for a stream that is not AV1, cut off or damaged (frames before
+    the damage are delivered). Not readable, and said so: super-resolution and large-scale tiles.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file.")
+    found = find_part(path, part)
     return Trees(
-        temporal_units(path), str(path), libaom or load_libaom(), hidden, luma, film_grain, threads
+        temporal_units(path, part),
+        f"{path} ({part})" if part else str(path),
+        libaom or load_libaom(),
+        hidden,
+        luma,
+        film_grain,
+        threads,
+        found.operating_point,
+        found.layer,
     )
