@@ -1,10 +1,14 @@
 # Every target works in .venv, which is built from requirements.lock (exact versions).
 SHELL    := /bin/bash
-PYTHON   ?= $(shell command -v python3.11 || command -v python3)
+# The newest Python that runs here; one lock holds for all of them.
+PYTHON   ?= $(shell for v in 3.14 3.13 3.12 3.11; do python$$v -c "" 2>/dev/null && command -v python$$v && break; done)
 BIN      := .venv/bin
 STAMP    := .venv/installed
 RUN      ?= runs/demo
 SITE     := _docs
+
+# Threads that wait for others sleep: with other work on the machine, spinning ones take its cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help install demo test bench docs lab readme pages export sample encoder clean
 .DEFAULT_GOAL := help
@@ -14,7 +18,8 @@ help: ## what there is to make
 
 # The stamp is written last, so an interrupted installation is taken up again.
 $(STAMP): requirements.lock settings.ini setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "av1nb is locked to Python 3.11: install it, or name it with make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "av1nb needs Python 3.11 to 3.14, and none is on the PATH: install one, or name it with make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || { echo "$(PYTHON) is not Python 3.11 to 3.14: name one with make PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
