@@ -43,7 +43,7 @@ from av1nb.sample import (
 )
 from .files import make_folder, replace_folder, write_bytes
 from .streams import load_libaom, read_trees
-from .encoding import CQ_FOR_QINDEX, encode
+from .encoding import QINDEXES, cq_level_of, encode
 
 # %% ../nbs/20_corpus.ipynb #99ea9196
 VIDEO_SUFFIXES = frozenset(
@@ -286,7 +286,7 @@ class CorpusError(RuntimeError):
 
 def label(
     pictures: Sequence[tuple],  # (Y, U, V) of frames of one size, uint16, 10 bits
-    qindexes: Sequence[int] = (80, 128, 172, 220),  # quantisers; each must be in `CQ_FOR_QINDEX`
+    qindexes: Sequence[int] = QINDEXES,  # quantisers; each must be the qindex of a cq level
     cpu_used: int = 1,  # speed preset of libaom, 0 (slowest) to 9
     # by qindex: node table, sizes 64 to 8; sha256, bytes and cq_level of the stream
 ) -> tuple[dict[int, pd.DataFrame], dict[int, dict]]:
@@ -303,7 +303,7 @@ def label(
                 pictures,
                 path,
                 mode="allintra",
-                cq_level=CQ_FOR_QINDEX[qindex],
+                cq_level=cq_level_of(qindex),
                 cpu_used=cpu_used,
                 bit_depth=10,
                 options={"sb-size": 64},
@@ -328,7 +328,7 @@ def label(
                 mi_arrays(tree, width, height)
             data = path.read_bytes()
             nodes[qindex], streams[qindex] = table, dict(
-                cq_level=CQ_FOR_QINDEX[qindex], bytes=len(data), sha256=sha256(data)
+                cq_level=cq_level_of(qindex), bytes=len(data), sha256=sha256(data)
             )
     return nodes, streams
 
@@ -489,7 +489,7 @@ def _build_picture(path, out, name, file, seen, about, options, libaom):
             library="libaom",
             version=libaom,
             options={**_SETTINGS, "cpu-used": options["cpu_used"]},
-            cq_levels={str(q): CQ_FOR_QINDEX[q] for q in options["qindexes"]},
+            cq_levels={str(q): cq_level_of(q) for q in options["qindexes"]},
             rebuild="av1nb.corpus.build_corpus",
             origin=origin,
         ),
@@ -540,7 +540,7 @@ def build_corpus(
     out: str | os.PathLike,  # folder of the corpus; a corpus that is there already is continued
     *,
     # quantisers; the cq-levels of these four are known
-    qindexes: Sequence[int] = (80, 128, 172, 220),
+    qindexes: Sequence[int] = QINDEXES,
     cpu_used: int = 1,  # speed preset of libaom, 0 (slowest) to 9
     max_pixels: int = 1_300_000,  # a larger picture is reduced to about this
     # reduction in each direction; None: 1.5 (1 for sources of 10 bits or more), or what max_pixels
@@ -567,9 +567,9 @@ def build_corpus(
     built with other options or is damaged.
     """
     out, about = Path(out), dict(about or {})
-    if unknown := sorted(set(qindexes) - set(CQ_FOR_QINDEX)) or not len(qindexes):
+    if unknown := sorted(set(qindexes) - set(QINDEXES)) or not len(qindexes):
         raise ValueError(
-            f"qindexes is {tuple(qindexes)}; choose from {', '.join(map(str, CQ_FOR_QINDEX))}."
+            f"qindexes is {tuple(qindexes)}; choose from {', '.join(map(str, QINDEXES))}."
         )
     for name, value, good, needed in (
         ("crop", crop, crop >= 64 and crop % 64 == 0, "a multiple of 64"),
@@ -884,7 +884,7 @@ def corpus_card(
         }
         for p in pictures
     ]
-    cq = ", ".join(f"{CQ_FOR_QINDEX[q]} (qindex {q})" for q in options["qindexes"])
+    cq = ", ".join(f"{cq_level_of(q)} (qindex {q})" for q in options["qindexes"])
     return (
         "\n\n".join([
             "# Card of the corpus",

@@ -34,7 +34,15 @@ from av1nb.frames import (
 from .heads import JointModel, type_log_probabilities
 from .losses import TreeLikelihood
 from .metrics import confusion_statistic
-from .partitions import JOINT, LEVELS, PartitionType, cell_slices, legal_grid, legal_types
+from av1nb.partitions import (
+    JOINT,
+    LEVELS,
+    PartitionType,
+    cell_slices,
+    legal_grid,
+    legal_types,
+    smallest_sets,
+)
 from .pipeline import Predictions, StageOutput
 from .pictures import probe_video, read_video
 from .training import TrainConfig, fit, has_bf16, pick_device, process, set_seed
@@ -462,15 +470,7 @@ def type_sets(
     """
     if not 0 < confidence <= 1:
         raise ValueError(f"confidence is {confidence}; it must be above 0 and at most 1.")
-    result = {}
-    for size, p in maps.items():
-        order = np.argsort(-p, axis=2, kind="stable")
-        ranked = np.take_along_axis(p, order, 2)
-        # what stood before did not reach it
-        wanted = (ranked.cumsum(2) - ranked < confidence - 1e-6) & (ranked > 0)
-        result[size] = np.zeros(p.shape, bool)
-        np.put_along_axis(result[size], order, wanted, 2)
-    return result
+    return {size: smallest_sets(p, confidence) for size, p in maps.items()}
 
 # %% ../nbs/22_joint.ipynb #a07d8713
 def stage_probabilities(

@@ -6,7 +6,7 @@
 __all__ = ['BLOCK_WIDTH', 'BLOCK_HEIGHT', 'SQUARE_CODE', 'SIZES', 'MI', 'SYMMETRIES', 'UNCOVERED_POLICIES', 'V6', 'V5', 'FLAT',
            'FLAT7', 'HIERARCHIES', 'LEVELS', 'JOINT', 'PartitionType', 'legal_types', 'children', 'apply_symmetry',
            'compose', 'inverse', 'label_map', 'leaves', 'mi_shape', 'random_tree', 'mi_arrays', 'coded_nodes',
-           'is_inside', 'transform_nodes', 'Stage', 'Hierarchy', 'legal_grid', 'cell_slices']
+           'is_inside', 'transform_nodes', 'Stage', 'Hierarchy', 'legal_grid', 'cell_slices', 'smallest_sets']
 
 # %% ../nbs/01_partitions.ipynb #db9c7123
 from collections.abc import Iterable, Mapping
@@ -774,20 +774,21 @@ LEVELS = (64, 32, 16, 8)  # sides of the nodes of a 64×64 superblock, largest f
 
 
 def legal_grid(
-    size: int,  # side of the nodes in pixels, one of `LEVELS`
+    size: int,  # side of the nodes in pixels: 128, 64, 32, 16 or 8
     width: int,  # frame width in pixels
     height: int,  # frame height in pixels
     # size -> types that the encoder may use there; sizes that are not named have no limit
     limits: Mapping[int, Iterable] | None = None,
-    # bool [rows, columns, 10] of the frame padded to 64×64 superblocks; all False where a node lies
-    # outside
+    # bool [rows, columns, 10] of the frame padded to whole 64×64 (or 128×128) blocks; all False
+    # where a node lies outside
 ) -> np.ndarray:
-    """Types that a node may have.
+    """Types that a node may have where it lies.
 
-    Raises `ValueError` for a limit that leaves some node without any type.
+    Source: `decode_partition`, de Rivaz and Haughton (2019), *AV1 Bitstream & Decoding Process
+    Specification*. Raises `ValueError` for a limit that leaves some node without any type.
     """
-    mi_rows, mi_cols = mi_shape(width, height)
-    rows, cols = (np.arange(0, -(-n * MI // 64) * 64, size) for n in (mi_rows, mi_cols))
+    (mi_rows, mi_cols), block = mi_shape(width, height), max(size, 64)
+    rows, cols = (np.arange(0, -(-n * MI // block) * block, size) for n in (mi_rows, mi_cols))
     possible = np.zeros(10, bool)
     possible[list(legal_types(size))] = True
     has_rows, has_cols = (rows + size // 2 < mi_rows * MI)[:, None], (
@@ -823,6 +824,21 @@ def cell_slices(
         raise ValueError(f"{width}×{height} pixels are no whole 64×64 superblocks.")
     counts = [(height // size) * (width // size) for size in LEVELS]
     return {size: slice(sum(counts[:i]), sum(counts[: i + 1])) for i, size in enumerate(LEVELS)}
+
+# %% ../nbs/01_partitions.ipynb #2d0aa720
+def smallest_sets(
+    p: np.ndarray,  # probabilities [..., types], at least 0; they need not add up to one
+    threshold: float,  # probability that a set must reach, 0–1
+) -> np.ndarray:  # bool [..., types]; types without probability are in no set
+    """Of every distribution the fewest types that reach the threshold together, the likeliest
+    first, of equals the first.
+    """
+    order = np.argsort(-p, axis=-1, kind="stable")
+    ranked = np.take_along_axis(p, order, -1)
+    likelier = ranked.cumsum(-1) - ranked  # what stands before a type
+    chosen = np.zeros(p.shape, bool)
+    np.put_along_axis(chosen, order, (likelier < threshold - 1e-6) & (ranked > 0), -1)
+    return chosen
 
 # %% ../nbs/01_partitions.ipynb #a40d6711
 JOINT = Hierarchy(

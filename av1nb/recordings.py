@@ -25,7 +25,7 @@ import pandas as pd
 
 from .files import DISK_FULL, disk_full, make_folder, remove_empty
 from .streams import read_trees
-from .encoding import CQ_FOR_QINDEX, encode
+from .encoding import QINDEXES, cq_level_of, encode
 from .pictures import probe_video, read_video, read_video_planes, require_ten_bit
 from av1nb.contract import (
     NOT_CODED,
@@ -772,7 +772,7 @@ def import_videos(
     sequences: Iterable[str] = (),
     width: int | None = None,  # of .yuv videos, pixels
     height: int | None = None,  # of .yuv videos, pixels
-    qindexes: Iterable[int] = tuple(CQ_FOR_QINDEX),  # quantisers to encode at
+    qindexes: Iterable[int] = QINDEXES,  # quantisers to encode at
     cpu_used: int = 1,  # speed preset of libaom, 0 (slowest) to 9
     sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
     excel: bool = True,  # write the workbooks
@@ -781,22 +781,17 @@ def import_videos(
 
     The pixels are the source's. Raises as the functions it calls do.
     """
-    qindexes = tuple(qindexes)
-    if unknown := [q for q in qindexes if q not in CQ_FOR_QINDEX]:
-        raise ValueError(
-            f"qindex {unknown[0]} is none of {', '.join(map(str, CQ_FOR_QINDEX))}, the ones whose"
-            " cq-level is known."
-        )
+    levels = {q: cq_level_of(q) for q in qindexes}
     recordings, named = [], _named(inputs, list(sequences))
-    with _progress(None, "videos", total=len(named) * len(qindexes)) as progress:
+    with _progress(None, "videos", total=len(named) * len(levels)) as progress:
         for path, name, sequence in named:
             info, planes = probe_video(path, width, height), read_video_planes(path, width, height)
-            for q in qindexes:
+            for q, cq_level in levels.items():
                 stream = Path(root) / "streams" / f"{name}_q{q:03}.ivf"
                 encode(
                     zip(*planes),
                     stream,
-                    cq_level=CQ_FOR_QINDEX[q],
+                    cq_level=cq_level,
                     cpu_used=cpu_used,
                     fps=info.fps or (30, 1),
                 )
@@ -811,8 +806,7 @@ def import_videos(
                         pictures=planes[0],
                         source_bit_depth=info.bit_depth,
                         source=(
-                            f"{path.name}, encoded with cq-level {CQ_FOR_QINDEX[q]}, cpu-used"
-                            f" {cpu_used}"
+                            f"{path.name}, encoded with cq-level {cq_level}, cpu-used {cpu_used}"
                         ),
                     )
                 )

@@ -31,10 +31,10 @@ from .partitions import PartitionType, mi_shape
 from .bitstream import StreamError
 from .libaom import Libaom, LibaomError
 from .streams import Trees, load_libaom
-from .encoding import QINDEX_OF_CQ, _check_encoder, encode
+from .encoding import QINDEXES, _check_encoder, cq_level_of, encode
 from .pictures import probe_video, read_video_planes
 from .joint import JointPredictor
-from .masks import MaskPolicy, MaskTable, TYPES, masks_from_probabilities
+from .masks import MaskPolicy, MaskTable, TYPES, masks_from_probabilities, uniform_masks
 from .costs import SearchLog, same_labels
 
 # %% ../nbs/26_steering.ipynb #5b9ef4e7
@@ -326,14 +326,14 @@ def search_costs(
     """
     pictures = [planes] if isinstance(planes, np.ndarray) and planes.ndim == 2 else list(planes)
     height, width = np.shape(pictures[0] if isinstance(pictures[0], np.ndarray) else pictures[0][0])
-    everything = MaskTable.uniform(len(pictures), width, height, PartitionType, override=True)
+    everything = uniform_masks(len(pictures), width, height, PartitionType, override=True)
     return encode_masked(pictures, everything, log=True, exhaustive=True, **settings).log
 
 # %% ../nbs/26_steering.ipynb #f99e2762
 def record_costs(
     planes: Iterable,  # the pictures of one sequence, see `encode`
     folder: str | os.PathLike,  # of the logs of this sequence
-    qindexes: Sequence[int] = (80, 128, 172, 220),  # quantisers
+    qindexes: Sequence[int] = QINDEXES,  # quantisers
     exhaustive: bool = True,  # False: only what the preset's own search tries; quick, with gaps
     **settings,  # mode, cpu_used, bit_depth, options, encoder: see `encode_masked`
 ) -> list[Path]:  # one log a quantiser
@@ -344,15 +344,10 @@ def record_costs(
     """
     pictures, paths = list(planes), []
     for qindex in qindexes:
-        if qindex not in QINDEX_OF_CQ:
-            raise ValueError(
-                f"No constant quality level has the qindex {qindex}; there are"
-                f" {', '.join(map(str, QINDEX_OF_CQ))}."
-            )
         path = Path(folder) / f"q{qindex:03d}.npz"
         paths.append(path)
         wanted = dict(
-            cq_level=QINDEX_OF_CQ.index(qindex),
+            cq_level=cq_level_of(qindex),
             mode=settings.get("mode", "allintra"),
             cpu_used=settings.get("cpu_used", 1),
             exhaustive=exhaustive,

@@ -21,7 +21,7 @@ from av1nb import corpus
 from av1nb.recordings import find_recording
 from av1nb.sample import load_sample, planes_from_rgb, planes_from_ycbcr, sha256, write_sample_raw
 from av1nb.streams import read_trees
-from av1nb.encoding import CQ_FOR_QINDEX, encode, synthetic_picture
+from av1nb.encoding import cq_level_of, encode, synthetic_picture
 
 STAGE = Path(__file__).parent.parent / "nbs/stages/build_corpus.ipynb"
 FAST = dict(qindexes=(128, 220), cpu_used=6, crop=64, crops=2, jobs=1)
@@ -185,7 +185,7 @@ def test_labels_are_those_of_a_stream_encoded_by_hand(folder, built, tmp_path):
             made = encode(
                 crops,
                 tmp_path / "s.ivf",
-                cq_level=CQ_FOR_QINDEX[qindex],
+                cq_level=cq_level_of(qindex),
                 cpu_used=6,
                 options={"sb-size": 64},
             )

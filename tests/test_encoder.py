@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from av1nb.masks import MaskTable, possible_types
+from av1nb.masks import MaskTable, masks_from_nodes, uniform_masks
 from av1nb.costs import regret
 from av1nb.steering import encode_masked, find_encoder, load_encoder, search_costs
-from av1nb.partitions import PartitionType, is_inside, legal_types, random_tree
+from av1nb.partitions import PartitionType, is_inside, legal_grid, legal_types, random_tree
 from av1nb.files import write_bytes
 from av1nb.libaom import Libaom, LibaomError
 from av1nb.streams import check_libaom, load_libaom
@@ -107,7 +107,7 @@ def test_any_legal_tree_comes_out_as_requested(encoder, mode, cpu_used):
     )
     result = encode_masked(
         scene(width, height, frames),
-        MaskTable.from_nodes(tree, width, height),
+        masks_from_nodes(tree, width, height),
         mode=mode,
         cpu_used=cpu_used,
         cq_level=43,
@@ -127,7 +127,7 @@ def test_its_own_tree_comes_out_again(encoder, mode, cpu_used):
         mode=mode, cpu_used=cpu_used, cq_level=32, encoder=encoder
     )
     own = encode_masked(pictures, log=True, **settings)
-    forced = encode_masked(pictures, MaskTable.from_nodes(own.nodes, 192, 136), **settings)
+    forced = encode_masked(pictures, masks_from_nodes(own.nodes, 192, 136), **settings)
     pd.testing.assert_frame_equal(tree_of(forced.nodes), tree_of(own.nodes))
     assert forced.counts["visited"] == len(own.nodes) < own.counts["visited"] == len(own.log.nodes)
     assert abs(forced.psnr - own.psnr) < 0.5 and abs(forced.bytes / own.bytes - 1) < 0.05
@@ -155,7 +155,7 @@ def test_an_exhaustive_search_knows_every_cost(encoder):
     width, height = 136, 104
     log = search_costs(scene(width, height), cpu_used=4, cq_level=43, encoder=encoder)
     for size in (64, 32, 16, 8):
-        possible = possible_types(size, width, height)
+        possible = legal_grid(size, width, height)
         # every block that there is
         assert (log.nodes["size"] == size).sum() == possible.any(-1).sum()
         inside = log.at(size)
@@ -169,7 +169,7 @@ def test_only_what_is_allowed_is_tried(encoder):
         for override in (False, True):
             result = encode_masked(
                 scene(width, height),
-                MaskTable.uniform(1, width, height, types, override=override),
+                uniform_masks(1, width, height, types, override=override),
                 cpu_used=3,
                 cq_level=32,
                 log=True,
@@ -229,7 +229,7 @@ def test_threads_do_as_they_are_told(encoder):
     tree = random_tree(256, 200, seed=5).assign(frame=0)
     result = encode_masked(
         scene(256, 200),
-        MaskTable.from_nodes(tree, 256, 200),
+        masks_from_nodes(tree, 256, 200),
         cpu_used=4,
         cq_level=43,
         threads=2,
@@ -247,7 +247,7 @@ def test_encodes_at_once_do_not_share_their_masks(encoder):
     def forced(tree):
         return encode_masked(
             scene(136, 104),
-            MaskTable.from_nodes(tree, 136, 104),
+            masks_from_nodes(tree, 136, 104),
             cpu_used=5,
             cq_level=43,
             encoder=encoder,
@@ -259,7 +259,7 @@ def test_encodes_at_once_do_not_share_their_masks(encoder):
 
 
 def test_a_failed_encode_leaves_no_mask_behind(encoder):
-    pictures, masks = scene(136, 104), MaskTable.uniform(1, 136, 104, (3,), override=True)
+    pictures, masks = scene(136, 104), uniform_masks(1, 136, 104, (3,), override=True)
     plain = encode(pictures, cpu_used=5, libaom=encoder).ivf
     with pytest.raises(ValueError, match="no encoder option"):
         encode_masked(pictures, masks, options={"no-such-option": 1}, encoder=encoder)
@@ -322,9 +322,7 @@ def test_an_encoder_that_is_killed_leaves_no_file(encoder, tmp_path):
 
 
 def test_a_full_disk_is_said_in_one_sentence(encoder, tmp_path):
-    masks = MaskTable.uniform(1, 256, 192, (3,), sizes=(64, 32), override=True).save(
-        tmp_path / "masks"
-    )
+    masks = uniform_masks(1, 256, 192, (3,), sizes=(64, 32), override=True).save(tmp_path / "masks")
     (tmp_path / "out").mkdir()
 
     def small_files():
