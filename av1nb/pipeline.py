@@ -4,32 +4,37 @@
 
 # %% auto #0
 __all__ = ['FALL_BACK', 'TRAINING_NOTEBOOKS', 'OBJECTIVES', 'RIGHT', 'UNCOVERED', 'GROUPS', 'QUESTIONS', 'StageOutput', 'decide',
-           'Predictions', 'class_counts', 'fallback_counts', 'fallback_sentence', 'trained_by', 'find_checkpoints',
-           'Pipeline', 'type_probabilities', 'ThresholdSearch', 'search_thresholds', 'require_same_split', 'lost_at',
-           'attribute_errors', 'report', 'summary', 'headline', 'coverage_table']
+           'origin_columns', 'Predictions', 'class_counts', 'fallback_counts', 'fallback_sentence', 'trained_by',
+           'find_checkpoints', 'majority_answer', 'require_models', 'has_threshold', 'require_thresholds',
+           'require_samples', 'require_qindex', 'member_probabilities', 'StageModels', 'load_stages', 'Pipeline',
+           'type_probabilities', 'threshold_grid', 'cumulative_confusions', 'require_same_split', 'ThresholdSearch',
+           'search_thresholds', 'lost_at', 'attribute_errors', 'report', 'summary', 'headline', 'coverage_table']
 
 # %% ../nbs/17_pipeline.ipynb #76499580
 import re
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 
 from .augment import tta
-from .datasets import to_float
+from .datasets import BlockSet, to_float
 from av1nb.heads import (
     CheckpointError,
     Ensemble,
+    StageModel,
     checkpoint_prefix,
     combine_votes,
     find_hierarchy,
     model_from_checkpoint,
 )
 from .metrics import baselines, bootstrap_interval, classification_report, confusion_statistic
-from .partitions import PartitionType
+from .partitions import Hierarchy, PartitionType
 from .files import atomic_file
 from .training import has_bf16, pick_device
 
@@ -43,13 +48,34 @@ class StageOutput:
     # float32 [N] in (0,1] for an ensemble: share of the members that voted for the class
     agreement: np.ndarray | None = None
 
+    def at(
+        self,
+        here: np.ndarray,  # positions of blocks
+    ) -> "StageOutput":
+        "What was said of some of the blocks."
+        values = (self.classes, self.probabilities, self.agreement)
+        return StageOutput(*(None if v is None else v[here] for v in values))
+
+    def spread(
+        self,
+        here: np.ndarray,  # positions of the blocks of this output
+        count: int,  # blocks in all
+    ) -> "StageOutput":  # of all; −1 and NaN where nothing was said
+        "What was said of some blocks, among all of them."
+        classes = np.full(count, -1)
+        probabilities = np.full((count, self.probabilities.shape[1]), np.nan, np.float32)
+        agreement = None if self.agreement is None else np.full(count, np.nan, np.float32)
+        classes[here], probabilities[here] = self.classes, self.probabilities
+        if agreement is not None:
+            agreement[here] = self.agreement
+        return StageOutput(classes, probabilities, agreement)
+
 # %% ../nbs/17_pipeline.ipynb #b07250d1
 def decide(
-    probabilities,  # [N,C]
-    # two classes only: probability of class 1 from which on class 1 is chosen; None: the most
-    # probable class, 0.5 for two
-    threshold=None,
-):
+    probabilities: np.ndarray,  # [N,C]
+    # two classes: probability of class 1 from which on it is chosen; None: the most probable
+    threshold: float | None = None,
+) -> np.ndarray:  # class of each block, int [N]
     "Classes int64 [N]. Raises ValueError for a threshold with more than two classes."
     if threshold is not None and probabilities.shape[1] != 2:
         raise ValueError(
@@ -61,12 +87,38 @@ def decide(
         ).astype(np.int64)
     return np.asarray(probabilities).argmax(1).astype(np.int64)
 
+# %% ../nbs/17_pipeline.ipynb #04df2806
+_NAMES = [ptype.name for ptype in PartitionType]
+
+
+def origin_columns(
+    block_set: BlockSet,  # the blocks
+    count: int,  # of the predictions that they are put beside
+) -> dict[str, np.ndarray]:  # column → [N]
+    """Where blocks come from and their true type, as columns of a table.
+
+    Raises ValueError where the number of blocks is another one.
+    """
+    if len(block_set) != count:
+        raise ValueError(
+            f"there are predictions for {count} blocks, but the block set has {len(block_set)}"
+        )
+    return dict(
+        sequence=np.array(block_set.sequence_names)[block_set.sequence.cpu().numpy()],
+        recording=np.array(block_set.recording_names)[block_set.recording.cpu().numpy()],
+        frame=block_set.frame.cpu().numpy(),
+        row=block_set.row.cpu().numpy(),
+        col=block_set.col.cpu().numpy(),
+        qindex=block_set.qindex.cpu().numpy(),
+        true=np.array(_NAMES)[block_set.types.cpu().numpy()],
+    )
+
 # %% ../nbs/17_pipeline.ipynb #5b624cf3
 @dataclass
 class Predictions:
     "Predicted types of N blocks and what led to them."
 
-    hierarchy: object  # the `Hierarchy`
+    hierarchy: Hierarchy
     types: np.ndarray  # int64 [N], final types 0–9
     classes: dict  # stage → int64 [N], −1 where the block did not reach the stage
     probabilities: dict  # stage → float32 [N,C], NaN where it did not
@@ -83,12 +135,16 @@ class Predictions:
         return len(self.types)
 
     @property
-    def reached(self):
+    def reached(
+        self,
+    ) -> dict[str, int]:
         "Stage → number of blocks that reached it."
         return {stage: int((classes >= 0).sum()) for stage, classes in self.classes.items()}
 
     @property
-    def confidence(self):
+    def confidence(
+        self,
+    ) -> np.ndarray:
         "float64 [N]: product of the probabilities of the decisions on the way to the final type."
         result = np.ones(len(self))
         for stage, classes in self.classes.items():
@@ -100,29 +156,13 @@ class Predictions:
 
     def table(
         self,
-        block_set=None,  # the `BlockSet` of the same blocks, for their origin and true type
-    ):
+        block_set: BlockSet | None = None,  # the same blocks with their origin and true type
+    ) -> pd.DataFrame:
         """DataFrame, one row a block: where it comes from, true and predicted type, confidence,
         probabilities of every stage (NaN where not reached), agreement of ensembles.
         """
-        columns = {}
-        if block_set is not None:
-            if len(block_set) != len(self):
-                raise ValueError(
-                    f"there are predictions for {len(self)} blocks, but the block set has"
-                    f" {len(block_set)}"
-                )
-            names = np.array([ptype.name for ptype in PartitionType])
-            columns = dict(
-                sequence=np.array(block_set.sequence_names)[block_set.sequence.cpu().numpy()],
-                recording=np.array(block_set.recording_names)[block_set.recording.cpu().numpy()],
-                frame=block_set.frame.cpu().numpy(),
-                row=block_set.row.cpu().numpy(),
-                col=block_set.col.cpu().numpy(),
-                qindex=block_set.qindex.cpu().numpy(),
-                true=names[block_set.types.cpu().numpy()],
-            )
-        columns["predicted"] = np.array([ptype.name for ptype in PartitionType])[self.types]
+        columns = {} if block_set is None else origin_columns(block_set, len(self))
+        columns["predicted"] = np.array(_NAMES)[self.types]
         columns["confidence"] = self.confidence
         for stage, probabilities in self.probabilities.items():
             columns |= {
@@ -134,18 +174,18 @@ class Predictions:
 
     def to_csv(
         self,
-        path,  # file to write, whole or not at all
-        block_set=None,  # as for `table`
-    ):
+        path: str | Path,  # file to write, whole or not at all
+        block_set: BlockSet | None = None,  # as for `table`
+    ) -> None:
         "Write `table` as CSV."
         with atomic_file(path) as temporary:
             self.table(block_set).to_csv(temporary, index=False, float_format="%.6g")
 
 # %% ../nbs/17_pipeline.ipynb #ab70c4f4
 def class_counts(
-    hierarchy,  # a `Hierarchy`, or the name of one
-    types,  # partition types of the training blocks
-):
+    hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one
+    types: ArrayLike,  # partition types of the training blocks
+) -> dict[str, np.ndarray]:
     """Stage → number of training blocks of each of its classes, int64 [C]: what `Pipeline` needs
     for the fallback of an absent specialist.
     """
@@ -161,12 +201,11 @@ FALL_BACK = ("v5",)  # hierarchies whose specialists may be absent without being
 
 
 def fallback_counts(
-    hierarchy,  # a `Hierarchy`, or the name of one
-    types,  # partition types of the training blocks
-    # "majority": a specialist may be absent, "refuse": none may; None: majority for the hierarchies
-    # of `FALL_BACK`, else refuse
-    absent=None,
-):
+    hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one
+    types: ArrayLike,  # partition types of the training blocks
+    # "majority": a specialist may be absent; "refuse": none may; None: as `FALL_BACK` says
+    absent: str | None = None,
+) -> dict[str, np.ndarray] | None:
     """What `Pipeline` takes as `fallback`: `class_counts`, or None where no specialist may be
     absent.
 
@@ -181,8 +220,8 @@ def fallback_counts(
 
 
 def fallback_sentence(
-    fallback,  # `Predictions.fallback`, or `Pipeline.fallback`
-):
+    fallback: dict,  # `Predictions.fallback`, or `Pipeline.fallback`
+) -> str:
     "What the absent specialists were replaced by, in words; empty if none is absent."
     return " ".join(
         f"Specialist {stage} is absent: its blocks are given {entry['type']},"
@@ -201,19 +240,19 @@ TRAINING_NOTEBOOKS = (
 
 
 def trained_by(
-    hierarchy,  # a `Hierarchy`, or the name of one
-    stage,  # name of one of its stages
-):
+    hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one
+    stage: str,  # name of one of its stages
+) -> str:
     "Name of the notebook that trains a stage."
     place = find_hierarchy(hierarchy).stage_names.index(stage)
     return TRAINING_NOTEBOOKS[min(place, len(TRAINING_NOTEBOOKS) - 1)]
 
 
 def find_checkpoints(
-    models_dir,  # folder with the checkpoints of a run
-    hierarchy,  # a `Hierarchy`, or the name of one
-    stage,  # name of one of its stages
-):
+    models_dir: str | Path,  # folder with the checkpoints of a run
+    hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one
+    stage: str,  # name of one of its stages
+) -> list[Path]:
     """Paths of a stage's best checkpoints: `{prefix}_1_model_best.pt`, `_2_`, … of an ensemble
     where there are any, else `{prefix}_model_best.pt`; empty if there is none.
 
@@ -238,360 +277,394 @@ def find_checkpoints(
     single = models_dir / f"{prefix}_model_best.pt"
     return [single] if single.is_file() else []
 
-# %% ../nbs/17_pipeline.ipynb #1bb61e44
-class Pipeline:
-    "All stages of a hierarchy: uint16 blocks → `Predictions`."
+# %% ../nbs/17_pipeline.ipynb #0794e9f7
+def majority_answer(
+    hierarchy: Hierarchy,  # of the pipeline
+    stage: str,  # the absent one
+    counts: Mapping[str, np.ndarray] | None,  # `class_counts` of the training blocks, or None
+    # type (a name), share (0–1), blocks (of training), shares (float32 [C]), winner (a class)
+) -> dict:
+    """What an absent stage answers: the most frequent class of its training blocks.
+
+    Raises ValueError for a stage that cannot be absent, or where nothing was counted.
+    """
+    specialist = hierarchy.stage(stage).parent is not None and all(
+        other.parent is None or other.parent[0] != stage for other in hierarchy.stages
+    )
+    if counts is None or stage not in counts or not specialist:
+        hint = ", or pass fallback=class_counts(…) of the training blocks" if specialist else ""
+        raise ValueError(
+            f"stage {stage!r} of hierarchy {hierarchy.name!r} has no model: train it with"
+            f" {trained_by(hierarchy, stage)}{hint}"
+        )
+    total = counts[stage].sum()
+    classes = len(counts[stage])
+    shares = counts[stage] / total if total else np.full(classes, 1 / classes)
+    winner = int(shares.argmax())
+    return dict(
+        type=list(hierarchy.class_names(stage))[winner],
+        share=float(shares[winner]),
+        blocks=int(total),
+        shares=shares.astype(np.float32),
+        winner=winner,
+    )
+
+# %% ../nbs/17_pipeline.ipynb #36c302c6
+def require_models(
+    hierarchy: Hierarchy,  # of the pipeline
+    models: Mapping[str, StageModel | Ensemble],  # of each stage
+) -> None:
+    "Raise ValueError for a model of no stage, or of another stage or other classes than its own."
+    if unknown := sorted(set(models) - set(hierarchy.stage_names)):
+        raise ValueError(
+            f"there are models for {', '.join(unknown)}, but hierarchy {hierarchy.name!r} has the"
+            f" stages {', '.join(hierarchy.stage_names)}"
+        )
+    for stage, model in models.items():
+        said = (model.hierarchy, model.stage, list(model.class_names))
+        if said != (hierarchy.name, stage, list(hierarchy.class_names(stage))):
+            raise ValueError(
+                f"the model given for stage {stage!r} of {hierarchy.name!r} decides"
+                f" {model.hierarchy}/{model.stage} with the classes {', '.join(model.class_names)}"
+            )
+
+
+def has_threshold(
+    hierarchy: Hierarchy,  # of the pipeline
+    models: Mapping[str, StageModel | Ensemble],  # of each stage
+    stage: str,  # one of its stages
+) -> bool:  # whether it tells two classes apart with one model
+    "A threshold belongs to a two-class stage with one model; an ensemble votes."
+    model = models.get(stage)
+    return model is not None and hierarchy.n_classes(stage) == 2 and not isinstance(model, Ensemble)
+
+
+def require_thresholds(
+    hierarchy: Hierarchy,  # of the pipeline
+    models: Mapping[str, StageModel | Ensemble],  # of each stage
+    thresholds: Mapping[str, float],  # stage → threshold
+) -> None:
+    "Raise ValueError for a threshold where there can be none, or outside (0,1)."
+    for stage, threshold in thresholds.items():
+        if not has_threshold(hierarchy, models, stage):
+            raise ValueError(
+                f"a threshold belongs to a two-class stage with one model, but {stage!r} is none"
+            )
+        if not 0 < threshold < 1:
+            raise ValueError(
+                f"the threshold of {stage!r} is {threshold}, it must lie between 0 and 1"
+            )
+
+# %% ../nbs/17_pipeline.ipynb #2b9b2d55
+def require_samples(
+    samples: torch.Tensor,  # what should be uint16 [N,1,H,W]
+    side: int | None = None,  # that their height and width must have; None: any
+) -> None:
+    "Raise ValueError for anything but raw blocks of the right size."
+    if (
+        not isinstance(samples, torch.Tensor)
+        or samples.dtype != torch.uint16
+        or samples.ndim != 4
+        or samples.shape[1] != 1
+    ):
+        found = type(samples).__name__
+        if isinstance(samples, torch.Tensor):
+            found = f"{samples.dtype} {list(samples.shape)}"
+        raise ValueError(
+            "the pipeline takes blocks as a uint16 tensor [N,1,H,W], as a BlockSet holds them,"
+            f" but got {found}"
+        )
+    if side is not None and tuple(samples.shape[2:]) != (side, side):
+        raise ValueError(
+            f"the models were trained on blocks of {side}×{side} pixels, margins included, but"
+            f" these have {samples.shape[2]}×{samples.shape[3]}"
+        )
+
+# %% ../nbs/17_pipeline.ipynb #1969e886
+def require_qindex(
+    models: Mapping[str, StageModel | Ensemble],  # of the stages that are asked
+    count: int,  # of blocks
+    qindex: torch.Tensor | None,  # of every block, where known
+) -> None:
+    "Raise ValueError if a model needs the qindex of every block and has not got it."
+    needing = [stage for stage, model in models.items() if model.uses_qindex]
+    if needing and (qindex is None or len(qindex) != count):
+        raise ValueError(
+            f"the models of {', '.join(needing)} need the qindex of every block: pass qindex,"
+            f" {count} values"
+        )
+
+
+@torch.inference_mode()
+def member_probabilities(
+    model: StageModel | Ensemble,  # of one stage
+    hierarchy: Hierarchy,  # it belongs to
+    samples: torch.Tensor,  # uint16 [N,1,H,W]
+    qindex: torch.Tensor | None = None,  # of every block [N], for a model that needs it
+    symmetries: Iterable[str] | None = None,  # to average over; None: the blocks as they are
+    bf16: bool = False,  # compute in bfloat16
+    device: torch.device | str = "cpu",  # where the model is
+    batch_size: int = 512,  # blocks at a time
+) -> torch.Tensor:  # float32 [M,N,C] of M members, 1 where it is no ensemble
+    "What every member of a model says of every block."
+    members = list(model.models) if isinstance(model, Ensemble) else [model]
+    parts = [torch.zeros(len(members), 0, len(model.class_names))]
+    for start in range(0, len(samples), batch_size):
+        x = to_float(samples[start : start + batch_size]).to(device)
+        own = qindex[start : start + batch_size].to(device) if model.uses_qindex else None
+
+        def ask(member):
+            def plain(blocks):
+                blocks = blocks.contiguous(memory_format=torch.channels_last)
+                return member.probabilities(blocks, own)
+
+            if symmetries is None:
+                return plain(x)
+            return tta(plain, x, hierarchy, model.stage, symmetries)
+
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            parts.append(torch.stack([ask(member).float() for member in members]).cpu())
+    return torch.cat(parts, dim=1)
+
+# %% ../nbs/17_pipeline.ipynb #76488e4f
+def _device(name, bf16):
+    device = pick_device(name)
+    if bf16 and not has_bf16(device):
+        raise ValueError(
+            f"bf16=True, but this {device.type} cannot compute in bfloat16: use bf16=False"
+        )
+    return device
+
+
+def _output(model, said, threshold):
+    "`StageOutput` out of the probabilities [M,N,C] of the members of a model."
+    if isinstance(model, Ensemble):
+        votes = combine_votes(said, model.vote, model.weights)
+        found = votes.classes, votes.probabilities, votes.agreement
+        return StageOutput(*(values.numpy() for values in found))
+    said = said[0].numpy()
+    return StageOutput(decide(said, threshold), said)
+
+# %% ../nbs/17_pipeline.ipynb #6c32b885
+class StageModels:
+    "The models of a hierarchy's stages, each asked by itself: uint16 blocks → `StageOutput`."
 
     def __init__(
         self,
-        hierarchy,  # a `Hierarchy`, or the name of one
-        models,  # stage → `StageModel` or `Ensemble`
-        # two-class stage → probability of class 1 from which on class 1 is chosen, in (0,1); 0.5
-        # where not given
-        thresholds=None,
-        # `class_counts` of the training blocks: an absent specialist answers the majority type;
-        # None: none may be absent
-        fallback=None,
-        symmetries=None,  # names of symmetries to average over (test-time augmentation); None: none
-        bf16=False,  # compute in bfloat16: faster where the processor has it, not bit-exact
-        device="cpu",  # "auto", "cpu" or "cuda"
-        # hash of the split that the models were trained on; then only blocks of this split are
-        # reported on
-        split_hash=None,
-        # height and width of the blocks that the models were trained on, margins included; None:
-        # not checked
-        side=None,
-        files=(),  # where the models come from
+        hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one
+        models: dict[str, StageModel | Ensemble],  # of each stage
+        # two-class stage → probability of class 1 from which on it is chosen; else 0.5
+        thresholds: dict[str, float] | None = None,
+        # `class_counts`: an absent specialist answers the majority; None: none is absent
+        fallback: dict[str, np.ndarray] | None = None,
+        # symmetries to average over (test-time augmentation); None: none
+        symmetries: Iterable[str] | None = None,
+        bf16: bool = False,  # compute in bfloat16: faster where the processor has it, not bit-exact
+        device: str = "cpu",  # "auto", "cpu" or "cuda"
+        # of the split that the models were trained on; other blocks are not reported on
+        split_hash: str | None = None,
+        # of the blocks that the models were trained on, margins included; None: not checked
+        side: int | None = None,
+        files: Iterable = (),  # where the models come from
     ):
-        """Raises ValueError for a missing, superfluous or unfitting model and for thresholds that
-        make no sense.
-        """
+        "Raises ValueError for a missing, superfluous or unfitting model or threshold."
         self.hierarchy = hierarchy = find_hierarchy(hierarchy)
         self.thresholds, self.symmetries = dict(thresholds or {}), symmetries
         self.split_hash, self.side, self.files = split_hash, side, [str(path) for path in files]
-        self.device = pick_device(device)
-        if bf16 and not has_bf16(self.device):
-            raise ValueError(
-                f"bf16=True, but this {self.device.type} cannot compute in bfloat16: use bf16=False"
-            )
-        self.bf16, self.models, self.fallback = bf16, {}, {}
-        if unknown := sorted(set(models) - set(hierarchy.stage_names)):
-            raise ValueError(
-                f"there are models for {', '.join(unknown)}, but hierarchy {hierarchy.name!r} has"
-                f" the stages {', '.join(hierarchy.stage_names)}"
-            )
-        for stage in hierarchy.stage_names:
-            if stage not in models:
-                self.fallback[stage] = self._fallback(stage, fallback)
-                continue
-            model, names = models[stage], list(hierarchy.class_names(stage))
-            if (model.hierarchy, model.stage, list(model.class_names)) != (
-                hierarchy.name,
-                stage,
-                names,
-            ):
-                raise ValueError(
-                    f"the model given for stage {stage!r} of {hierarchy.name!r} decides"
-                    f" {model.hierarchy}/{model.stage} with the classes"
-                    f" {', '.join(model.class_names)}"
-                )
-            self.models[stage] = (
-                model.to(self.device, memory_format=torch.channels_last)
-                .eval()
-                .requires_grad_(False)
-            )
-        for stage, threshold in self.thresholds.items():
-            if (
-                stage not in self.models
-                or hierarchy.n_classes(stage) != 2
-                or isinstance(self.models[stage], Ensemble)
-            ):
-                raise ValueError(
-                    f"a threshold belongs to a two-class stage with one model, but {stage!r} is"
-                    " none"
-                )
-            if not 0 < threshold < 1:
-                raise ValueError(
-                    f"the threshold of {stage!r} is {threshold}, it must lie between 0 and 1"
-                )
-
-    def _fallback(self, stage, counts):
-        "What an absent stage answers: the most frequent class of its training blocks."
-        specialist = self.hierarchy.stage(stage).parent is not None and all(
-            other.parent is None or other.parent[0] != stage for other in self.hierarchy.stages
-        )
-        if counts is None or stage not in counts or not specialist:
-            hint = ", or pass fallback=class_counts(…) of the training blocks" if specialist else ""
-            raise ValueError(
-                f"stage {stage!r} of hierarchy {self.hierarchy.name!r} has no model: train it with"
-                f" {trained_by(self.hierarchy, stage)}{hint}"
-            )
-        total = counts[stage].sum()
-        shares = (
-            counts[stage] / total if total else np.full(len(counts[stage]), 1 / len(counts[stage]))
-        )
-        winner = int(shares.argmax())
-        name = list(self.hierarchy.class_names(stage))[winner]
-        return dict(
-            type=name,
-            share=float(shares[winner]),
-            blocks=int(total),
-            shares=shares.astype(np.float32),
-            winner=winner,
-        )
-
-    @classmethod
-    def from_run(
-        cls,
-        # folder with `stage1_model_best.pt`, `stage2_model_best.pt`, `stage3_RECT_model_best.pt`, …
-        models_dir,
-        hierarchy,  # a `Hierarchy`, or the name of one
-        # hash of the split that every checkpoint must have been trained on; None: the one they
-        # agree on
-        split_hash=None,
-        fallback=None,  # as in `Pipeline`
-        # how the members of an ensemble vote: "majority", "soft", or "weighted" by the macro-F1 of
-        # their checkpoints
-        vote="majority",
-        **options,  # thresholds, symmetries, bf16, device
-    ):
-        """The pipeline of a run's best checkpoints.
-
-        Raises FileNotFoundError that names the stages without a checkpoint and the notebooks that
-        make them, and CheckpointError for a checkpoint that is damaged, of another stage, or of
-        another split.
-        """
-        hierarchy, models_dir = find_hierarchy(hierarchy), Path(models_dir)
-        paths = {
-            stage: find_checkpoints(models_dir, hierarchy, stage) for stage in hierarchy.stage_names
+        self.device, self.bf16 = _device(device, bf16), bf16
+        require_models(hierarchy, models)
+        require_thresholds(hierarchy, models, self.thresholds)
+        absent = [stage for stage in hierarchy.stage_names if stage not in models]
+        self.fallback = {stage: majority_answer(hierarchy, stage, fallback) for stage in absent}
+        self.models = {
+            stage: models[stage].to(self.device, memory_format=torch.channels_last).eval()
+            for stage in hierarchy.stage_names
+            if stage not in absent
         }
-        absent = [stage for stage, found in paths.items() if not found]
-        if absent and fallback is None:
-            wanted = "; ".join(
-                f"{stage} ({checkpoint_prefix(hierarchy, stage)}_model_best.pt, made by"
-                f" {trained_by(hierarchy, stage)})"
-                for stage in absent
-            )
-            raise FileNotFoundError(
-                f"{models_dir} lacks the checkpoint of {len(absent)} of {len(paths)} stages of"
-                f" {hierarchy.name!r}: {wanted}"
-            )
-        models, hashes, sides = {}, {}, {}
-        for stage, found in paths.items():
-            loaded = [model_from_checkpoint(path, hierarchy, stage, split_hash) for path in found]
-            for path, (_, content) in zip(found, loaded):
-                origin = {**content, **content.get("provenance", {})}
-                hashes[path.name] = origin.get("split_hash")
-                if origin.get("size") is not None:
-                    sides[path.name] = origin["size"] + 2 * origin.get("margin", 0)
-            if len(loaded) > 1:
-                weights = None
-                if vote == "weighted":
-                    scores = [content.get("metrics", {}).get("macro_f1") for _, content in loaded]
-                    if None in scores:
-                        raise CheckpointError(
-                            f"{found[scores.index(None)]} does not hold metrics with a macro_f1,"
-                            " which vote='weighted' needs: use majority or soft"
-                        )
-                    weights = scores
-                models[stage] = Ensemble([model for model, _ in loaded], vote, weights)
-            elif loaded:
-                models[stage] = loaded[0][0]
-        for what, values in (("splits", hashes), ("block sides", sides)):
-            if len(set(values.values())) > 1:
-                raise CheckpointError(
-                    f"the checkpoints in {models_dir} were trained on different {what}:"
-                    f" {', '.join(f'{name} {value}' for name, value in values.items())}; train them"
-                    " again on one"
-                )
-        return cls(
-            hierarchy,
-            models,
-            fallback=fallback,
-            split_hash=next(iter(hashes.values()), None),
-            side=next(iter(sides.values()), None),
-            files=[path for found in paths.values() for path in found],
-            **options,
-        )
+        for model in self.models.values():
+            model.requires_grad_(False)
 
-    def _check(self, samples, qindex, stages):
-        "Refuse samples that the models of these stages could not use."
-        if (
-            not isinstance(samples, torch.Tensor)
-            or samples.dtype != torch.uint16
-            or samples.ndim != 4
-            or samples.shape[1] != 1
-        ):
-            found = (
-                f"{samples.dtype} {list(samples.shape)}"
-                if isinstance(samples, torch.Tensor)
-                else type(samples).__name__
-            )
-            raise ValueError(
-                "the pipeline takes blocks as a uint16 tensor [N,1,H,W], as a BlockSet holds them,"
-                f" but got {found}"
-            )
-        if self.side is not None and tuple(samples.shape[2:]) != (self.side, self.side):
-            raise ValueError(
-                f"the models were trained on blocks of {self.side}×{self.side} pixels, margins"
-                f" included, but these have {samples.shape[2]}×{samples.shape[3]}"
-            )
-        needing = [
-            stage for stage in stages if stage in self.models and self.models[stage].uses_qindex
-        ]
-        if needing and (qindex is None or len(qindex) != len(samples)):
-            raise ValueError(
-                f"the models of {', '.join(needing)} need the qindex of every block: pass qindex,"
-                f" {len(samples)} values"
-            )
-
-    def _probabilities(self, model, stage, x, qindex):
-        "Probabilities [B,C] of one model, averaged over the symmetries where there are any."
-
-        def plain(blocks):
-            return model.probabilities(blocks.contiguous(memory_format=torch.channels_last), qindex)
-
-        return (
-            plain(x)
-            if self.symmetries is None
-            else tta(plain, x, self.hierarchy, stage, self.symmetries)
-        )
-
-    @torch.inference_mode()
     def stage_output(
         self,
-        stage,  # name of a stage
-        samples,  # uint16 [N,1,H,W]
-        qindex=None,  # qindex of every block [N], for models that need it
-        batch_size=512,  # blocks at a time
-    ):
-        "`StageOutput` of one stage on all the blocks it is given."
-        self._check(samples, qindex, [stage])
+        stage: str,  # name of a stage
+        samples: torch.Tensor,  # uint16 [N,1,H,W]
+        qindex: torch.Tensor | None = None,  # of every block [N], 0–255, for models that need it
+        batch_size: int = 512,  # blocks at a time
+    ) -> StageOutput:
+        "What one stage says. Raises ValueError for blocks that do not fit and a missing qindex."
+        require_samples(samples, self.side)
         if stage in self.fallback:
-            shares = self.fallback[stage]["shares"]
-            return StageOutput(
-                np.full(len(samples), self.fallback[stage]["winner"]),
-                np.broadcast_to(shares, (len(samples), len(shares))).copy(),
-            )
-        model, parts = self.models[stage], []
-        members = list(model.models) if isinstance(model, Ensemble) else [model]
-        for start in range(0, len(samples), batch_size):
-            x = to_float(samples[start : start + batch_size]).to(self.device)
-            of_these = (
-                qindex[start : start + batch_size].to(self.device) if model.uses_qindex else None
-            )
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                parts.append(
-                    torch.stack([
-                        self._probabilities(member, stage, x, of_these).float()
-                        for member in members
-                    ]).cpu()
-                )
-        classes = self.hierarchy.n_classes(stage)
-        probabilities = torch.cat(parts, dim=1) if parts else torch.zeros(len(members), 0, classes)
-        if isinstance(model, Ensemble):
-            votes = combine_votes(probabilities, model.vote, model.weights)
-            return StageOutput(
-                votes.classes.numpy(), votes.probabilities.numpy(), votes.agreement.numpy()
-            )
-        return StageOutput(
-            decide(probabilities[0].numpy(), self.thresholds.get(stage)), probabilities[0].numpy()
-        )
+            shares, winner = (self.fallback[stage][key] for key in ("shares", "winner"))
+            return StageOutput(np.full(len(samples), winner), np.tile(shares, (len(samples), 1)))
+        model = self.models[stage]
+        require_qindex({stage: model}, len(samples), qindex)
+        options = self.symmetries, self.bf16, self.device, batch_size
+        said = member_probabilities(model, self.hierarchy, samples, qindex, *options)
+        return _output(model, said, self.thresholds.get(stage))
 
-    def stage_outputs(self, samples, qindex=None, batch_size=512):
-        """Stage → `StageOutput` of *every* stage on *every* block, without routing: for threshold
-        searches and oracles.
-
-        Arguments as for `predict`.
-        """
+    def stage_outputs(
+        self,
+        samples: torch.Tensor,  # uint16 [N,1,H,W]
+        qindex: torch.Tensor | None = None,  # of every block [N], 0–255, for models that need it
+        batch_size: int = 512,  # blocks at a time
+    ) -> dict[str, StageOutput]:
+        "*Every* stage on *every* block, without routing: for threshold searches and oracles."
         return {
             stage: self.stage_output(stage, samples, qindex, batch_size)
             for stage in self.hierarchy.stage_names
         }
 
+# %% ../nbs/17_pipeline.ipynb #890f8430
+def load_stages(
+    models_dir: str | Path,  # folder with the checkpoints of a run
+    hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one
+    split_hash: str | None = None,  # that every checkpoint must have; None: the one they agree on
+    vote: str = "majority",  # of ensembles, see `Pipeline.from_run`
+) -> dict:  # `models`, `split_hash`, `side` and `files`, as `Pipeline` takes them
+    """The best checkpoints of all stages that have one.
+
+    Raises CheckpointError for one that is damaged, of another stage, or of another split.
+    """
+    hierarchy, models_dir = find_hierarchy(hierarchy), Path(models_dir)
+    models, hashes, sides, files = {}, {}, {}, []
+    for stage in hierarchy.stage_names:
+        paths = find_checkpoints(models_dir, hierarchy, stage)
+        loaded = [model_from_checkpoint(path, hierarchy, stage, split_hash) for path in paths]
+        for path, (_, content) in zip(paths, loaded):
+            origin = {**content, **content.get("provenance", {})}
+            hashes[path.name] = origin.get("split_hash")
+            if origin.get("size") is not None:
+                sides[path.name] = origin["size"] + 2 * origin.get("margin", 0)
+        if len(loaded) > 1:
+            weights = _vote_weights(paths, loaded) if vote == "weighted" else None
+            models[stage] = Ensemble([model for model, _ in loaded], vote, weights)
+        elif loaded:
+            models[stage] = loaded[0][0]
+        files += paths
+    for what, values in (("splits", hashes), ("block sides", sides)):
+        if len(set(values.values())) > 1:
+            raise CheckpointError(
+                f"the checkpoints in {models_dir} were trained on different {what}:"
+                f" {', '.join(f'{name} {value}' for name, value in values.items())}; train them"
+                " again on one"
+            )
+    of_all = (next(iter(values.values()), None) for values in (hashes, sides))
+    return dict(zip(("models", "split_hash", "side", "files"), (models, *of_all, files)))
+
+
+def _vote_weights(paths, loaded):
+    "Macro-F1 of every member, from its checkpoint."
+    scores = [content.get("metrics", {}).get("macro_f1") for _, content in loaded]
+    if None in scores:
+        raise CheckpointError(
+            f"{paths[scores.index(None)]} does not hold metrics with a macro_f1, which"
+            " vote='weighted' needs: use majority or soft"
+        )
+    return scores
+
+# %% ../nbs/17_pipeline.ipynb #e52cdc39
+def _take(samples, here):
+    "Chosen blocks of a uint16 tensor; its indexing knows no uint16, so only bits are moved."
+    return samples.view(torch.int16)[torch.from_numpy(here)].view(torch.uint16)
+
+
+def _predictions(pipeline, routed, seconds, unrouted):
+    "`Predictions` out of what every stage said, spread over all blocks."
+    classes = {stage: output.classes for stage, output in routed.items()}
+    agreement = {stage: output.agreement for stage, output in routed.items()}
+    return Predictions(
+        pipeline.hierarchy,
+        pipeline.hierarchy.final(classes),
+        classes,
+        {stage: output.probabilities for stage, output in routed.items()},
+        {stage: values for stage, values in agreement.items() if values is not None},
+        {
+            stage: pipeline.thresholds.get(stage, 0.5)
+            for stage in pipeline.models
+            if has_threshold(pipeline.hierarchy, pipeline.models, stage)
+        },
+        {
+            stage: {key: entry[key] for key in ("type", "share", "blocks")}
+            for stage, entry in pipeline.fallback.items()
+        },
+        seconds,
+        pipeline.split_hash,
+        unrouted,
+    )
+
+# %% ../nbs/17_pipeline.ipynb #0a52dcea
+class Pipeline(StageModels):
+    "All stages of a hierarchy: uint16 blocks → `Predictions`."
+
+    @classmethod
+    def from_run(
+        cls,
+        # folder with `stage1_model_best.pt`, `stage3_RECT_model_best.pt`, …
+        models_dir: str | Path,
+        hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one
+        # that every checkpoint must have; None: the one they agree on
+        split_hash: str | None = None,
+        fallback: dict[str, np.ndarray] | None = None,  # as in `StageModels`
+        # of ensembles: "majority", "soft", or "weighted" by the macro-F1 of the checkpoints
+        vote: str = "majority",
+        **options,  # thresholds, symmetries, bf16, device: as in `StageModels`
+    ) -> "Pipeline":
+        """The pipeline of a run's best checkpoints.
+
+        Raises FileNotFoundError that names the stages without a checkpoint and the notebooks that
+        make them, and what `load_stages` raises.
+        """
+        hierarchy = find_hierarchy(hierarchy)
+        wanted = [
+            f"{stage} ({checkpoint_prefix(hierarchy, stage)}_model_best.pt, made by"
+            f" {trained_by(hierarchy, stage)})"
+            for stage in hierarchy.stage_names
+            if not find_checkpoints(models_dir, hierarchy, stage)
+        ]
+        if wanted and fallback is None:
+            raise FileNotFoundError(
+                f"{models_dir} lacks the checkpoint of {len(wanted)} of"
+                f" {len(hierarchy.stage_names)} stages of {hierarchy.name!r}: {'; '.join(wanted)}"
+            )
+        loaded = load_stages(models_dir, hierarchy, split_hash, vote)
+        return cls(hierarchy, fallback=fallback, **loaded, **options)
+
     def predict(
         self,
-        samples,  # uint16 [N,1,H,W], as a `BlockSet` holds them
-        # qindex of every block, int [N]; needed by models that were built with qindex=True
-        qindex=None,
-        batch_size=512,  # blocks at a time; lower it when memory runs out
-        # also keep what every stage says of every block: needed by `report` and `attribute_errors`,
-        # and slower
-        unrouted=False,
-    ):
-        """`Predictions`: each stage sees only the blocks that reach it.
+        samples: torch.Tensor,  # uint16 [N,1,H,W], as a `BlockSet` holds them
+        # of every block, int [N]; for models that were built with qindex=True
+        qindex: torch.Tensor | None = None,
+        batch_size: int = 512,  # blocks at a time; lower it when memory runs out
+        # also keep what every stage says of every block, as `report` needs it; slower
+        unrouted: bool = False,
+    ) -> Predictions:
+        """Types of all blocks; each stage sees only those that reach it.
 
         Raises ValueError for samples of another type or size.
         """
-        self._check(samples, qindex, self.hierarchy.stage_names)
-        count, classes, probabilities, agreement, seconds, outputs = (
-            len(samples),
-            {},
-            {},
-            {},
-            {},
-            {},
-        )
+        require_samples(samples, self.side)
+        require_qindex(self.models, len(samples), qindex)
+        routed, outputs, classes, seconds = {}, {}, {}, {}
         for stage in self.hierarchy.stage_names:
-            here = np.flatnonzero(self.hierarchy.route(stage, classes, count))
+            here = np.flatnonzero(self.hierarchy.route(stage, classes, len(samples)))
             started = time.perf_counter()
             if unrouted:
                 outputs[stage] = self.stage_output(stage, samples, qindex, batch_size)
-                found = StageOutput(*(
-                    None if values is None else values[here]
-                    for values in (
-                        outputs[stage].classes,
-                        outputs[stage].probabilities,
-                        outputs[stage].agreement,
-                    )
-                ))
+                found = outputs[stage].at(here)
             else:
-                reached = torch.from_numpy(here)
-                some = (
-                    samples
-                    if len(here) == count
-                    else samples.view(torch.int16)[reached].view(torch.uint16)
-                )  # indexing knows no uint16; only bits are moved
-                found = self.stage_output(
-                    stage, some, None if qindex is None else qindex[reached], batch_size
-                )
+                own = None if qindex is None else qindex[here]
+                found = self.stage_output(stage, _take(samples, here), own, batch_size)
             seconds[stage] = time.perf_counter() - started
-            classes[stage] = np.full(count, -1)
-            classes[stage][here] = found.classes
-            probabilities[stage] = np.full(
-                (count, found.probabilities.shape[1]), np.nan, np.float32
-            )
-            probabilities[stage][here] = found.probabilities
-            if found.agreement is not None:
-                agreement[stage] = np.full(count, np.nan, np.float32)
-                agreement[stage][here] = found.agreement
-        used = {
-            stage: self.thresholds.get(stage, 0.5)
-            for stage, model in self.models.items()
-            if self.hierarchy.n_classes(stage) == 2 and not isinstance(model, Ensemble)
-        }
-        said = {
-            stage: {key: entry[key] for key in ("type", "share", "blocks")}
-            for stage, entry in self.fallback.items()
-        }
-        return Predictions(
-            self.hierarchy,
-            self.hierarchy.final(classes),
-            classes,
-            probabilities,
-            agreement,
-            used,
-            said,
-            seconds,
-            self.split_hash,
-            outputs or None,
-        )
+            routed[stage] = found.spread(here, len(samples))
+            classes[stage] = routed[stage].classes
+        return _predictions(self, routed, seconds, outputs or None)
 
 # %% ../nbs/17_pipeline.ipynb #481eea40
 def type_probabilities(
-    outputs,  # stage → StageOutput of all blocks (`Predictions.unrouted`, `Pipeline.stage_outputs`)
-    hierarchy,  # the `Hierarchy`
-):
+    # of all blocks: `Predictions.unrouted`, `StageModels.stage_outputs`
+    outputs: dict[str, StageOutput],
+    hierarchy: Hierarchy,  # it belongs to
+) -> np.ndarray:
     """Probability of each of the ten types, float64 [N,10], rows sum to 1; types that the hierarchy
     cannot name have 0.
     """
@@ -613,6 +686,59 @@ def type_probabilities(
     return result
 
 # %% ../nbs/17_pipeline.ipynb #ccb34321
+def threshold_grid(
+    scores: np.ndarray,  # probability of class 1 of every block, float64 [N]
+    thresholds: ArrayLike | None = None,  # increasing, in (0,1); None: chosen by the scores
+) -> np.ndarray:  # float64 [thresholds], increasing
+    """0.01, 0.02, …, 0.99; and where fewer than 20 of these tell blocks apart (a high temperature
+    crowds the scores together) also the percentiles of the scores.
+
+    Raises ValueError for thresholds that are no such list.
+    """
+    grid = np.round(np.arange(1, 100) / 100, 2)
+    if thresholds is None:
+        if len(np.unique(np.searchsorted(grid, scores, side="right"))) < 20:
+            between = np.percentile(scores, np.arange(1, 100))
+            grid = np.union1d(grid, between[(between > 0) & (between < 1)])
+        return grid
+    grid = np.asarray(thresholds, np.float64)
+    increasing = grid.ndim == 1 and len(grid) and (np.diff(grid) > 0).all()
+    if not increasing or grid[0] <= 0 or grid[-1] >= 1:
+        raise ValueError("thresholds must be increasing numbers between 0 and 1")
+    return grid
+
+
+def cumulative_confusions(
+    passed: np.ndarray,  # how many thresholds each block reaches, int [N]
+    truth: np.ndarray,  # true class, int [N]
+    below: np.ndarray,  # class that the block gets below the threshold, int [N]
+    above: np.ndarray,  # class that it gets from the threshold on, int [N]
+    thresholds: int,  # how many there are
+    classes: int,  # how many there are
+) -> np.ndarray:  # int [thresholds, classes, classes], rows true
+    "Confusion matrices at all thresholds, as cumulative sums over one histogram."
+
+    def histogram(fate):
+        cell = (passed * classes + truth) * classes + fate
+        counts = np.bincount(cell, minlength=(thresholds + 1) * classes**2)
+        return counts.reshape(-1, classes, classes).cumsum(0)
+
+    not_reached, reached = histogram(below), histogram(above)
+    return not_reached[:-1] + reached[-1] - reached[:-1]
+
+# %% ../nbs/17_pipeline.ipynb #6484d50e
+def require_same_split(
+    split_hash: str | None,  # of the models; None: any
+    block_set: BlockSet,  # the blocks
+) -> None:
+    "Raise ValueError if the blocks are of another split than the models."
+    if split_hash is not None and block_set.split_hash != split_hash:
+        raise ValueError(
+            f"the models were trained on the split {split_hash}, but these blocks are of the split"
+            f" {block_set.split_hash}: their test blocks may be training blocks here"
+        )
+
+# %% ../nbs/17_pipeline.ipynb #5aa4cd17
 OBJECTIVES = ("stage_macro_f1", "accuracy", "macro_f1")
 
 
@@ -624,23 +750,21 @@ class ThresholdSearch:
     objective: str  # what was maximised
     best: float  # the threshold
     value: float  # the objective there
-    # one row a threshold: `threshold`, the three objectives, `share` of the stage's blocks in class
-    # 1
+    # one row a threshold: `threshold`, the three objectives, `share` of its blocks in class 1
     table: pd.DataFrame
 
-
+# %% ../nbs/17_pipeline.ipynb #8435840f
 def search_thresholds(
-    pipeline,  # `Pipeline`; it is not changed
-    block_set,  # validation `BlockSet`
-    # "stage_macro_f1": macro-F1 of the stage; "accuracy", "macro_f1": of the ten final types
-    objective="accuracy",
-    stage=None,  # a two-class stage with one model; None: the first stage
-    # increasing thresholds in (0,1); None: 0.01, 0.02, …, 0.99, and where fewer than 20 of these
-    # tell blocks apart also the percentiles of the probabilities
-    thresholds=None,
-    outputs=None,  # `pipeline.stage_outputs` of the same blocks, to save computing them again
-    batch_size=512,  # blocks at a time
-):
+    pipeline: Pipeline,  # it is not changed
+    block_set: BlockSet,  # of validation
+    # "stage_macro_f1": of the stage; "accuracy", "macro_f1": of the ten final types
+    objective: str = "accuracy",
+    stage: str | None = None,  # a two-class stage with one model; None: the first stage
+    thresholds: ArrayLike | None = None,  # increasing, in (0,1); None: `threshold_grid`
+    # `pipeline.stage_outputs` of the same blocks, to save computing them again
+    outputs: dict[str, StageOutput] | None = None,
+    batch_size: int = 512,  # blocks at a time
+) -> ThresholdSearch:
     """`ThresholdSearch`.
 
     Of equally good thresholds the one nearest 0.5 is the best. Raises ValueError for blocks that
@@ -658,62 +782,26 @@ def search_thresholds(
         raise ValueError(
             f"there is no objective {objective!r}: choose one of {', '.join(OBJECTIVES)}"
         )
-    if hierarchy.n_classes(stage) != 2 or isinstance(
-        pipeline.models.get(stage), (Ensemble, type(None))
-    ):
+    if not has_threshold(hierarchy, pipeline.models, stage):
         raise ValueError(
             f"a threshold belongs to a two-class stage with one model, but {stage!r} of hierarchy"
             f" {hierarchy.name!r} is none"
         )
-    grid = (
-        np.round(np.arange(1, 100) / 100, 2)
-        if thresholds is None
-        else np.asarray(thresholds, np.float64)
-    )
-    if (
-        grid.ndim != 1
-        or not len(grid)
-        or grid[0] <= 0
-        or grid[-1] >= 1
-        or (np.diff(grid) <= 0).any()
-    ):
-        raise ValueError("thresholds must be increasing numbers between 0 and 1")
     outputs = outputs or pipeline.stage_outputs(block_set.samples, block_set.qindex, batch_size)
     scores = np.asarray(outputs[stage].probabilities[:, 1], np.float64)
-    # a high temperature crowds them together
-    if thresholds is None and len(np.unique(np.searchsorted(grid, scores, side="right"))) < 20:
-        between = np.percentile(scores, np.arange(1, 100))
-        grid = np.union1d(grid, between[(between > 0) & (between < 1)])
+    grid = threshold_grid(scores, thresholds)
     true = block_set.types.cpu().numpy()
     classes = {name: output.classes for name, output in outputs.items()}
     fates = [hierarchy.final({**classes, stage: np.full(len(true), fate)}) for fate in (0, 1)]
     passed = np.searchsorted(grid, scores, side="right")  # how many thresholds the block reaches
 
-    def confusions(truth, fate0, fate1, size):
-        """Confusion matrices [thresholds, size, size]: class-1 fates of the blocks that reach the
-        threshold, class-0 fates of the others.
-        """
-
-        def histogram(fate):
-            cell = (passed * size + truth) * size + fate
-            return (
-                np.bincount(cell, minlength=(len(grid) + 1) * size * size)
-                .reshape(-1, size, size)
-                .cumsum(0)
-            )
-
-        below0, below1 = histogram(fate0), histogram(fate1)
-        return below0[:-1] + below1[-1] - below1[:-1]
-
-    final = confusions(true, *fates, len(PartitionType))
+    final = cumulative_confusions(passed, true, *fates, len(grid), len(PartitionType))
     labels = hierarchy.labels(true)[stage]
     inside = labels >= 0
     if not inside.any():
         raise ValueError(f"none of the {len(true)} validation blocks belongs to stage {stage!r}")
-    passed = passed[inside]
-    own = confusions(
-        labels[inside], np.zeros(inside.sum(), np.int64), np.ones(inside.sum(), np.int64), 2
-    )
+    nothing = np.zeros(int(inside.sum()), np.int64)
+    own = cumulative_confusions(passed[inside], labels[inside], nothing, nothing + 1, len(grid), 2)
     table = pd.DataFrame(
         dict(
             threshold=grid,
@@ -727,26 +815,14 @@ def search_thresholds(
     best = float(best.iloc[(best - 0.5).abs().argmin()])
     return ThresholdSearch(stage, objective, best, float(table[objective].max()), table)
 
-
-def require_same_split(
-    split_hash,  # of the models; None: any
-    block_set,  # `BlockSet`
-):
-    "Raise ValueError if the blocks are of another split than the models."
-    if split_hash is not None and block_set.split_hash != split_hash:
-        raise ValueError(
-            f"the models were trained on the split {split_hash}, but these blocks are of the split"
-            f" {block_set.split_hash}: their test blocks may be training blocks here"
-        )
-
 # %% ../nbs/17_pipeline.ipynb #d90a84e5
 RIGHT, UNCOVERED = "right", "uncovered"
 
 
 def lost_at(
-    predictions,  # `Predictions`
-    types,  # true types [N], 0–9
-):
+    predictions: Predictions,  # of the blocks
+    types: np.ndarray,  # true types [N], 0–9
+) -> np.ndarray:
     """For each block `"right"`, `"uncovered"`, or the name of the stage that lost it: object array
     [N].
     """
@@ -764,9 +840,9 @@ def lost_at(
 
 # %% ../nbs/17_pipeline.ipynb #d4043663
 def attribute_errors(
-    predictions,  # `Predictions` with `unrouted`
-    types,  # true types [N], 0–9
-):
+    predictions: Predictions,  # with `unrouted`
+    types: np.ndarray,  # true types [N], 0–9
+) -> pd.DataFrame:
     """DataFrame, one row for what became of the blocks (`right`, each stage, `uncovered`):
     `blocks`, `share`; for stages also `oracle` (accuracy if only this stage were perfect),
     `gain` over the actual accuracy, and `cumulative` (accuracy if this stage and all before it
@@ -807,7 +883,6 @@ def attribute_errors(
     return table
 
 # %% ../nbs/17_pipeline.ipynb #086a83f9
-_NAMES = [ptype.name for ptype in PartitionType]
 GROUPS = {"NONE": (0,), "SPLIT": (3,), "RECT": (1, 2), "AB": (4, 5, 6, 7), "1TO4": (8, 9)}
 QUESTIONS = {  # name → {class: its types}: the same questions for every hierarchy
     "NONE or not": {"NONE": (0,), "PARTITION": tuple(range(1, 10))},
@@ -833,12 +908,56 @@ def _part(truth, decided, names, probabilities=None, here=None):
         truth[here], decided[here], names, None if probabilities is None else probabilities[here]
     )
 
+# %% ../nbs/17_pipeline.ipynb #2f533b97
+def _comparable(predictions, types, scores):
+    "Questions that the hierarchy has an answer to, as `_baselines` takes them; report on each."
+    asked, found = [], {}
+    for name, classes in QUESTIONS.items():
+        class_of, members = _class_of_type(classes), [of_class[0] for of_class in classes.values()]
+        if set(np.flatnonzero(class_of >= 0)) <= set(predictions.hierarchy.uncovered):
+            found[name] = None
+            continue
+        every = (class_of >= 0).all()
+        decided = class_of[predictions.types] if every else scores[:, members].argmax(1)
+        found[name] = _part(class_of[types], decided, list(classes))
+        asked.append((name, class_of, list(classes)))
+    return asked, found
 
+
+def _stage_part(predictions, stage, types):
+    "Report on one stage: on the blocks it should see, and on those that reached it."
+    truth, output = stage.class_of_type[types], predictions.unrouted[stage.name]
+    said = output.classes, list(stage.classes), output.probabilities
+    reached = predictions.classes[stage.name] >= 0
+    return dict(
+        true=_part(truth, *said),
+        routed=_part(truth, *said, (truth >= 0) & reached),
+        reached=int(reached.sum()),
+        strangers=int((reached & (truth < 0)).sum()),
+        seconds=predictions.seconds[stage.name],
+    )
+
+
+def _baselines(questions, train_types, types):
+    """Baselines of every question, where training blocks were given; None for a question that does
+    not arise in both sets.
+    """
+    if train_types is None:
+        return {}
+    found = {}
+    for name, class_of, names in questions:
+        sets = (class_of[np.asarray(train_types)], class_of[types])
+        before, now = (classes[classes >= 0] for classes in sets)
+        found[name] = baselines(before, now, names) if len(before) and len(now) else None
+    return found
+
+# %% ../nbs/17_pipeline.ipynb #4aa2a94b
 def report(
-    predictions,  # `Predictions` with `unrouted`
-    block_set,  # the `BlockSet` of the same blocks
-    train_types=None,  # types of the training blocks [M]: adds the baselines that follow from them
-):
+    predictions: Predictions,  # with `unrouted`
+    block_set: BlockSet,  # the same blocks
+    # types of the training blocks [M]: adds the baselines that follow from them
+    train_types: ArrayLike | None = None,
+) -> dict:
     """Nested dict of plain values, ready for JSON: `ten`, `top_k`, `comparable`, `stages` (each
     `true` and `routed`), `attribution`, `uncovered`, `fallback`, `baselines` and what it was
     computed on; `seconds` of a stage are for all the blocks, not only the routed ones.
@@ -850,46 +969,9 @@ def report(
     require_same_split(predictions.split_hash, block_set)
     attribution = attribute_errors(predictions, types)
     scores = type_probabilities(predictions.unrouted, hierarchy)
-    learned = None if train_types is None else np.asarray(train_types)
-    found_baselines = {}
-
-    def compare(name, class_of, names):
-        """Keep the baselines of one question, where training blocks were given and the question
-        arises in both sets.
-        """
-        if learned is None:
-            return
-        before, now = (values[values >= 0] for values in (class_of[learned], class_of[types]))
-        found_baselines[name] = baselines(before, now, names) if len(before) and len(now) else None
-
-    compare("ten", np.arange(10), _NAMES)
-    comparable = {}
-    for name, classes in QUESTIONS.items():
-        class_of, members = _class_of_type(classes), [of_class[0] for of_class in classes.values()]
-        if set(np.flatnonzero(class_of >= 0)) <= set(hierarchy.uncovered):
-            comparable[name] = None
-            continue
-        decided = (
-            class_of[predictions.types] if (class_of >= 0).all() else scores[:, members].argmax(1)
-        )
-        comparable[name] = _part(class_of[types], decided, list(classes))
-        compare(name, class_of, list(classes))
-    stages = {}
-    for stage in hierarchy.stages:
-        truth, output, names = (
-            stage.class_of_type[types],
-            predictions.unrouted[stage.name],
-            list(stage.classes),
-        )
-        does = predictions.classes[stage.name] >= 0
-        stages[stage.name] = dict(
-            true=_part(truth, output.classes, names, output.probabilities),
-            routed=_part(truth, output.classes, names, output.probabilities, (truth >= 0) & does),
-            reached=int(does.sum()),
-            strangers=int((does & (truth < 0)).sum()),
-            seconds=predictions.seconds[stage.name],
-        )
-        compare(stage.name, stage.class_of_type, names)
+    parts, comparable = _comparable(predictions, types, scores)
+    questions = [("ten", np.arange(10), _NAMES), *parts]
+    questions += [(s.name, s.class_of_type, list(s.classes)) for s in hierarchy.stages]
     rank = (np.argsort(-scores, axis=1, kind="stable") == types[:, None]).argmax(1)
     return dict(
         hierarchy=hierarchy.name,
@@ -902,16 +984,16 @@ def report(
         ten=_part(types, predictions.types, _NAMES, scores),
         top_k={str(k): float(np.mean(rank < k)) for k in (1, 2, 3)},
         comparable=comparable,
-        stages=stages,
+        stages={stage.name: _stage_part(predictions, stage, types) for stage in hierarchy.stages},
         attribution=attribution.astype(object).where(attribution.notna(), None).to_dict("index"),
         uncovered=hierarchy.count_uncovered(types),
-        baselines=found_baselines,
+        baselines=_baselines(questions, train_types, types),
     )
 
 # %% ../nbs/17_pipeline.ipynb #4d4e139b
 def summary(
-    full,  # result of `report`
-):
+    full: dict,  # result of `report`
+) -> pd.DataFrame:
     """DataFrame, one row a part of a report: `blocks`, `accuracy`, `macro_f1`, `baseline_accuracy`,
     `baseline_macro_f1` (the best of the baselines, NaN where there is none).
     """
@@ -943,12 +1025,12 @@ def summary(
 
 # %% ../nbs/17_pipeline.ipynb #a52110c5
 def headline(
-    full,  # result of `report`, made with `train_types`
-    predictions,  # the `Predictions` it was made of
-    block_set,  # the `BlockSet` of the same blocks
-    n=1000,  # resampled test sets for the intervals
-    seed=42,  # of the resampling
-):
+    full: dict,  # result of `report`, made with `train_types`
+    predictions: Predictions,  # it was made of
+    block_set: BlockSet,  # the same blocks
+    n: int = 1000,  # resampled test sets for the intervals
+    seed: int = 42,  # of the resampling
+) -> list[dict]:
     """List of dicts, one a stage that has blocks and one for the pipeline: `stage`, `metric`,
     `value`, `low`, `high` (95 % bootstrap interval, by sequence where there are at least two),
     `baseline` (the best), `baseline_name`, `blocks`, `sequences`.
@@ -1003,10 +1085,11 @@ def headline(
 
 # %% ../nbs/17_pipeline.ipynb #f623909c
 def coverage_table(
-    predictions,  # `Predictions`
-    types,  # true types [N]
-    coverages=(0.1, 0.25, 0.5, 0.75, 1.0),  # shares of the blocks, surest first, each in (0,1]
-):
+    predictions: Predictions,  # of the blocks
+    types: np.ndarray,  # true types [N]
+    # shares of the blocks, surest first, each in (0,1]
+    coverages: Sequence[float] = (0.1, 0.25, 0.5, 0.75, 1.0),
+) -> pd.DataFrame:
     """DataFrame: `coverage`, `blocks`, `confidence` (of the least sure block among them),
     `accuracy` among them.
 
