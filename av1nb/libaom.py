@@ -11,12 +11,10 @@ import importlib.metadata
 import os
 import re
 from ctypes.util import find_library
+from functools import lru_cache
 from pathlib import Path
 
-import numba
 import numpy as np
-from llvmlite import ir
-from numba.extending import intrinsic
 
 from .partitions import BLOCK_HEIGHT, BLOCK_WIDTH, mi_shape
 
@@ -380,49 +378,29 @@ class Libaom:
     def __repr__(self):
         return f"Libaom({self.version}, {self.source}: {self.path})"
 
-# %% ../nbs/03_libaom.ipynb #138c8213
-@intrinsic
-def _control_mi(typingctx, function, context, control, row, column, target):
-    """int32 aom_codec_control(context, control, row, column, target) at the address `function`,
-    called as the variadic function it is.
-    """
-
-    def codegen(_, builder, signature, arguments):
-        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        variadic = ir.FunctionType(number, [pointer, number], var_arg=True)
-        function, context, control, row, column, target = arguments
-        call = builder.inttoptr(function, variadic.as_pointer())
-        return builder.call(
-            call,
-            [
-                builder.inttoptr(context, pointer),
-                control,
-                row,
-                column,
-                builder.inttoptr(target, pointer),
-            ],
-        )
-
-    return (
-        numba.int32(numba.int64, numba.int64, numba.int32, numba.int32, numba.int32, numba.int64),
-        codegen,
-    )
-
-
+# %% ../nbs/03_libaom.ipynb #5d0c1201
 def compiled(
     function,  # of numbers and arrays, as numba takes them
 ):
     """The function compiled by numba, once for all processes where there is a folder for the
     result, else once in each.
+
+    Raises `LibaomError` where numba is missing.
     """
+    try:
+        import numba
+    except ImportError as error:
+        raise LibaomError(
+            "Trees are read by a loop that numba compiles, which is not installed: pip install"
+            " numba."
+        ) from error
     try:
         return numba.njit(cache=True)(function)
     # numba's word for "neither the package nor the user's cache folder can be written"
     except RuntimeError:
         return numba.njit(function)
 
-
-@compiled
+# %% ../nbs/03_libaom.ipynb #138c8213
 def _walk_leaves(
     function,
     context,
@@ -449,9 +427,9 @@ def _walk_leaves(
             code = _control_mi(
                 function,
                 context,
-                numba.int32(control),
-                numba.int32(row),
-                numba.int32(column),
+                np.int32(control),
+                np.int32(row),
+                np.int32(column),
                 address,
             )
             if code != 0:
@@ -469,6 +447,49 @@ def _walk_leaves(
                     block_size[r, c], partition[r, c], qindex[r, c] = size, kind, quality
             leaves += 1
     return 0, leaves, 0
+
+# %% ../nbs/03_libaom.ipynb #5d0c1202
+@lru_cache
+def _walker():
+    "`_walk_leaves`, compiled; numba needs a second to load, and only readers of trees need it."
+    # a global name: what a compiled loop encloses must be the same in every process, or numba does
+    # not find it on the disk again
+    global _control_mi
+    loop = compiled(_walk_leaves)  # says so where numba is missing
+    import numba
+    from llvmlite import ir
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def _control_mi(typingctx, function, context, control, row, column, target):
+        """int32 aom_codec_control(context, control, row, column, target) at the address `function`,
+        called as the variadic function it is.
+        """
+
+        def codegen(_, builder, signature, arguments):
+            pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            variadic = ir.FunctionType(number, [pointer, number], var_arg=True)
+            function, context, control, row, column, target = arguments
+            call = builder.inttoptr(function, variadic.as_pointer())
+            return builder.call(
+                call,
+                [
+                    builder.inttoptr(context, pointer),
+                    control,
+                    row,
+                    column,
+                    builder.inttoptr(target, pointer),
+                ],
+            )
+
+        return (
+            numba.int32(
+                numba.int64, numba.int64, numba.int32, numba.int32, numba.int32, numba.int64
+            ),
+            codegen,
+        )
+
+    return loop
 
 # %% ../nbs/03_libaom.ipynb #6fd9b796
 _GET_REFERENCE, _GET_REF_UPDATES, _GET_CORRUPTED, _GET_FRAME_SIZE, _GET_BIT_DEPTH = (
@@ -579,7 +600,7 @@ class _Decoder:
                 " not supported)"
             )
         block_size, partition, qindex = (np.full((rows, columns), 255, np.uint8) for _ in range(3))
-        wrong, row, column = _walk_leaves(
+        wrong, row, column = _walker()(
             self.libaom.control_address,
             ctypes.addressof(self.context),
             _GET_MI_INFO,

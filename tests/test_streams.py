@@ -320,3 +320,34 @@ def test_damaged_streams(container, way, tmp_path):
     assert outcomes["refused"] > 150
     if way == "cut" and container != "obu":
         assert outcomes == {"refused": 200}
+
+
+BARE = """
+    import sys
+
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in ("av", "numba", "llvmlite", "imagecodecs"):
+                raise ImportError(f"{name} is not installed")
+
+    sys.meta_path.insert(0, Missing())
+    from av1nb import encoding, streams
+    from av1nb.bitstream import temporal_units
+
+    stream, matroska = sys.argv[1:]
+    print(len(list(temporal_units(stream))))
+    for read in (lambda: list(temporal_units(matroska)), lambda: list(streams.read_trees(stream))):
+        try: read()
+        except (ValueError, RuntimeError) as error: print(type(error).__name__, error)
+"""
+
+
+def test_what_a_machine_without_pyav_and_numba_can_do(tmp_path, monkeypatch):
+    (tmp_path / "film.mkv").write_bytes(b"\x1a\x45\xdf\xa3" + bytes(60))
+    monkeypatch.setenv("AV1NB_LIBAOM", str(find_libaom()[0]))
+    command = [sys.executable, "-c", textwrap.dedent(BARE), KNOWN_STREAM, tmp_path / "film.mkv"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    packets, demuxing, walking = done.stdout.splitlines()
+    assert packets == "4"
+    assert demuxing.startswith(f"StreamError {tmp_path / 'film.mkv'} is a container that PyAV")
+    assert walking.startswith("LibaomError") and "pip install numba" in walking
