@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LEAST_FACTOR', 'resize_plane', 'planes_from_rgb', 'planes_from_ycbcr', 'Picture', 'SampleError', 'sample_folder',
-           'sha256', 'write_sample', 'read_manifest', 'load_sample', 'node_counts', 'markdown_table', 'sample_card',
-           'verify_sample', 'write_sample_raw']
+           'write_sample', 'read_manifest', 'load_sample', 'node_counts', 'sample_card', 'verify_sample',
+           'write_sample_raw']
 
 # %% ../nbs/19_sample.ipynb #8d9dafc4
-import hashlib
 import io
-import json
 import lzma
+import math
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -29,7 +29,17 @@ from PIL import Image
 from .partitions import PartitionType, is_inside, mi_arrays
 from .contract import read_partition_logs, write_partition_log
 from .recordings import Recording, write_recording
-from .files import replace_folder
+from av1nb.files import (
+    inside,
+    markdown_table,
+    read_json,
+    replace_folder,
+    require_fields,
+    require_name,
+    save_json,
+    sha256,
+    unpack_tar_xz,
+)
 
 # %% ../nbs/19_sample.ipynb #f8091e5e
 LEAST_FACTOR = 1.5  # below this a sample of the result is hardly an average
@@ -155,16 +165,6 @@ def sample_folder() -> Path:  # where the package keeps its sample
     return Path(str(files("av1nb"))) / "data" / "sample"
 
 
-def sha256(
-    # bytes, or an array, which counts as its little-endian values in row-major order
-    data: bytes | np.ndarray,
-) -> str:  # 64 hexadecimal digits
-    "SHA-256 of bytes or of the values of an array."
-    if isinstance(data, np.ndarray):
-        data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("<")).tobytes()
-    return hashlib.sha256(data).hexdigest()
-
-
 def _recording_name(name, qindex):
     return f"{name}_q{qindex:03d}"
 
@@ -210,6 +210,7 @@ def write_sample(
         )
     contents, entries = {}, []
     for p in sorted(pictures, key=lambda p: p.name):
+        require_name("picture", p.name)
         if p.luma.dtype != np.uint16 or p.luma.ndim != 3 or p.luma.max() > 1023:
             raise ValueError(
                 f"{p.name}: the luma must be 10-bit uint16 [frames, H, W]; it is {p.luma.dtype}"
@@ -253,8 +254,6 @@ def write_sample(
         pictures=entries,
         files={path: sha256(data) for path, data in sorted(contents.items())},
     )
-    contents["sample.json"] = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -262,6 +261,7 @@ def write_sample(
         (partial / "luma").mkdir()
         for path, data in contents.items():
             (partial / path).write_bytes(data)
+        save_json(manifest, partial / "sample.json")
         (partial / "CARD.md").write_text(sample_card(partial), encoding="utf-8")
         replace_folder(partial, folder)
     except BaseException:
@@ -271,112 +271,151 @@ def write_sample(
 
 # %% ../nbs/19_sample.ipynb #682aadd4
 _REMEDY = "Install av1nb again, or rebuild the sample with the notebook build_sample."
+_MOST_SAMPLES = 1 << 30  # of a picture with all its frames
+_TEXTS = ("name", "title", "author", "licence", "source", "preparation", "source_sha256", "notice")
+_FIELDS = dict.fromkeys((*_TEXTS, "luma", "luma_sha256"), str) | dict(
+    frames=int, height=int, width=int, streams=dict
+)
 
 
 def read_manifest(
     folder: str | os.PathLike | None = None,  # folder of a sample; None is the shipped one
 ) -> dict:  # encoder, pictures and the hashes of the files
-    "Manifest of a sample. Raises `SampleError` if it is missing or cannot be read."
+    """Manifest of a sample.
+
+    Raises `SampleError` if it is missing, cannot be read, or names what a sample cannot hold.
+    """
     path = Path(folder or sample_folder()) / "sample.json"
     if not path.is_file():
         raise SampleError(f"The sample is not there: {path} is missing. {_REMEDY}")
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise SampleError(f"{path} is damaged ({error}). {_REMEDY}") from error
+    manifest = read_json(path, SampleError, _REMEDY)
     if manifest.get("format") != "av1nb sample 1":
         raise SampleError(
-            f"{path} has the format {manifest.get('format')!r}; this version reads 'av1nb sample"
-            f" 1'. {_REMEDY}"
+            f"{path} has the format {str(manifest.get('format'))[:40]!r}; this version reads 'av1nb"
+            f" sample 1'. {_REMEDY}"
         )
+    require_fields(
+        manifest, dict(encoder=dict, pictures=list, files=dict), str(path), error=SampleError
+    )
+    for number, entry in enumerate(manifest["pictures"]):
+        where = f"{path}, picture {number}"
+        require_fields(entry, _FIELDS, where, SampleError)
+        require_name("picture", entry["name"], lambda message: SampleError(f"{where}: {message}"))
+        sides = [entry[side] for side in ("frames", "height", "width")]
+        if min(sides) < 1 or math.prod(sides) > _MOST_SAMPLES:
+            raise SampleError(
+                f"{where} has {sides[0]} frames of {sides[2]}×{sides[1]}; at most"
+                f" {_MOST_SAMPLES:,} samples are read."
+            )
+        for qindex, stream in entry["streams"].items():
+            require_fields(stream, dict(nodes=int), f"{where}, stream {qindex[:9]!r}", SampleError)
+            if not re.fullmatch(r"\d{1,3}", qindex, re.ASCII) or int(qindex) > 255:
+                raise SampleError(f"{where} has a stream at qindex {qindex[:9]!r}; 0–255 exist.")
     return manifest
 
-
-def _read_checked(folder, manifest, path):
-    if not (folder / path).is_file():
-        raise SampleError(f"The sample file {folder / path} is missing. {_REMEDY}")
-    data = (folder / path).read_bytes()
-    if (found := sha256(data)) != manifest["files"][path]:
+# %% ../nbs/19_sample.ipynb #b5566715
+def _read_checked(folder, manifest, name):
+    path = inside(folder, name, SampleError)
+    if not path.is_file():
+        raise SampleError(f"The sample file {path} is missing. {_REMEDY}")
+    data, wanted = path.read_bytes(), str(manifest["files"].get(name))
+    if (found := sha256(data)) != wanted:
         raise SampleError(
-            f"The sample file {folder / path} is damaged: its sha256 is {found[:16]}…, the manifest"
-            f" says {manifest['files'][path][:16]}…. {_REMEDY}"
+            f"The sample file {path} is damaged: its sha256 is {found[:16]}…, the manifest says"
+            f" {wanted[:16]!r}. {_REMEDY}"
         )
     return data
 
 
+def _read_luma(folder, manifest, entry):
+    data = _read_checked(folder, manifest, entry["luma"])
+    frames, height, width = (entry[k] for k in ("frames", "height", "width"))
+    luma = np.empty((frames * height, width), np.uint16)
+    try:
+        luma = imagecodecs.jpegxl_decode(data, numthreads=1, out=luma).reshape(
+            frames, height, width
+        )
+    except (ValueError, RuntimeError) as error:
+        raise SampleError(
+            f"{folder / entry['luma']} is no picture of {width}×{frames * height} samples"
+            f" ({str(error).splitlines()[0]}). {_REMEDY}"
+        ) from error
+    if sha256(luma) != entry["luma_sha256"]:
+        raise SampleError(
+            f"{folder / entry['luma']} decodes to other pixels than those that were"
+            f" encoded; the installed imagecodecs {imagecodecs.__version__} reads it"
+            " wrongly."
+        )
+    return luma
+
+
+def _unpack_logs(folder, manifest, temporary):
+    _read_checked(folder, manifest, "logs.tar.xz")
+    streams = [
+        (e["frames"], s["nodes"]) for e in manifest["pictures"] for s in e["streams"].values()
+    ]
+    files = sum(frames for frames, _ in streams)
+    # a line has seven numbers of at most nine digits; a member has a header and is padded
+    most = 70 * sum(nodes for _, nodes in streams) + 2048 * files + 20480
+    try:
+        unpack_tar_xz(folder / "logs.tar.xz", temporary, min(most, 1 << 30), files)
+    except ValueError as error:
+        raise SampleError(f"{str(error).replace(temporary, 'it')} {_REMEDY}") from error
+
+
+def _read_nodes(folder, entry, temporary):
+    "qindex → node table, from the unpacked logs."
+    nodes = {}
+    for q, stream in entry["streams"].items():
+        where = f"{folder / 'logs.tar.xz'}: {entry['name']} at qindex {q}"
+        name = _recording_name(entry["name"], int(q))
+        try:
+            table = read_partition_logs(
+                inside(temporary, name),
+                width=entry["width"],
+                height=entry["height"],
+                frames=range(entry["frames"]),
+            )
+        except (ValueError, FileNotFoundError) as error:
+            said = str(error).replace(f"{temporary}/", "")
+            raise SampleError(f"{where} cannot be read: {said} {_REMEDY}") from error
+        if len(table) != stream["nodes"]:
+            raise SampleError(
+                f"{where} has {len(table)} nodes, the manifest says {stream['nodes']}. {_REMEDY}"
+            )
+        nodes[int(q)] = table
+    return nodes
+
+# %% ../nbs/19_sample.ipynb #811323d6
 def load_sample(
     names: Sequence[str] | None = None,  # pictures to load; None loads all
     folder: str | os.PathLike | None = None,  # folder of a sample; None is the shipped one
 ) -> list[Picture]:  # in the order of their names
     """Pixels and coded trees of the sample, every byte checked against the manifest.
 
-    Raises `SampleError` for a missing or damaged file and `ValueError` for a name that the sample
-    does not have.
+    Raises `SampleError` for a missing or damaged file and for a name or size that reaches outside
+    the folder or beyond the manifest, `ValueError` for a name that the sample does not have.
     """
     folder = Path(folder or sample_folder())
     manifest = read_manifest(folder)
     known = [entry["name"] for entry in manifest["pictures"]]
     if unknown := sorted(set(names or ()) - set(known)):
         raise ValueError(f"The sample has no picture {unknown[0]!r}; it has {', '.join(known)}.")
-    logs = lzma.decompress(_read_checked(folder, manifest, "logs.tar.xz"))
-    pictures = []
-    with tempfile.TemporaryDirectory() as temporary, tarfile.open(fileobj=io.BytesIO(logs)) as tar:
-        for member in tar:
-            (path := Path(temporary) / member.name).parent.mkdir(exist_ok=True)
-            path.write_bytes(tar.extractfile(member).read())
-        for entry in manifest["pictures"]:
-            if names is not None and entry["name"] not in names:
-                continue
-            frames, height, width = (entry[k] for k in ("frames", "height", "width"))
-            luma = imagecodecs.jpegxl_decode(
-                _read_checked(folder, manifest, entry["luma"]), numthreads=1
-            ).reshape(frames, height, width)
-            if sha256(luma) != entry["luma_sha256"]:
-                raise SampleError(
-                    f"{folder / entry['luma']} decodes to other pixels than those that were"
-                    f" encoded; the installed imagecodecs {imagecodecs.__version__} reads it"
-                    " wrongly."
-                )
-            streams = {
-                int(q): {k: v for k, v in stream.items() if k != "nodes"}
-                for q, stream in entry["streams"].items()
-            }
-            nodes = {
-                q: read_partition_logs(
-                    Path(temporary) / _recording_name(entry["name"], q),
-                    width=width,
-                    height=height,
-                    frames=range(frames),
-                )
-                for q in streams
-            }
-            for q, table in nodes.items():
-                if len(table) != (wanted := entry["streams"][str(q)]["nodes"]):
-                    raise SampleError(
-                        f"{folder / 'logs.tar.xz'}: {entry['name']} has {len(table)} nodes at"
-                        f" qindex {q}, the manifest says {wanted}. {_REMEDY}"
-                    )
-            pictures.append(
-                Picture(
-                    luma=luma,
-                    nodes=nodes,
-                    streams=streams,
-                    **{
-                        k: entry[k]
-                        for k in (
-                            "name",
-                            "title",
-                            "author",
-                            "licence",
-                            "source",
-                            "preparation",
-                            "source_sha256",
-                            "notice",
-                        )
-                    },
-                )
+    with tempfile.TemporaryDirectory() as temporary:
+        _unpack_logs(folder, manifest, temporary)
+        return [
+            Picture(
+                luma=_read_luma(folder, manifest, entry),
+                nodes=_read_nodes(folder, entry, temporary),
+                streams={
+                    int(q): {k: v for k, v in stream.items() if k != "nodes"}
+                    for q, stream in entry["streams"].items()
+                },
+                **{k: entry[k] for k in _TEXTS},
             )
-    return pictures
+            for entry in manifest["pictures"]
+            if names is None or entry["name"] in names
+        ]
 
 # %% ../nbs/19_sample.ipynb #57738006
 def node_counts(
@@ -391,23 +430,11 @@ def node_counts(
     for picture in pictures:
         _, height, width = picture.luma.shape
         for qindex, nodes in sorted(picture.nodes.items()):
-            inside = nodes[(nodes["size"] == size) & is_inside(nodes, width, height)]
-            counts[picture.name, qindex] = np.bincount(inside["type"], minlength=10)
+            whole = nodes[(nodes["size"] == size) & is_inside(nodes, width, height)]
+            counts[picture.name, qindex] = np.bincount(whole["type"], minlength=10)
     return pd.DataFrame.from_dict(
         counts, orient="index", columns=[t.name for t in PartitionType]
     ).set_axis(pd.MultiIndex.from_tuples(counts, names=["sequence", "qindex"]))
-
-
-def markdown_table(
-    table: pd.DataFrame,  # its index is left out
-) -> str:
-    "A table in Markdown; a bar within a cell becomes a slash."
-    rows = [list(map(str, table.columns)), ["---"] * len(table.columns)] + [
-        [str(v) for v in row] for row in table.itertuples(index=False)
-    ]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows
-    )
 
 
 def _card(manifest, pictures):
