@@ -15,12 +15,12 @@ from datetime import datetime
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from zipfile import BadZipFile, ZIP_DEFLATED, ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import numpy as np
 import pandas as pd
 
-from .files import atomic_file
+from .files import atomic_file, require_small_zip
 from .partitions import MI, PartitionType, SIZES, SQUARE_CODE, legal_types, mi_shape
 
 # %% ../nbs/07_contract.ipynb #b2a22ce2
@@ -512,31 +512,87 @@ def write_excel(
                 book.writestr(ZipInfo(name), content, ZIP_DEFLATED)
 
 # %% ../nbs/07_contract.ipynb #856941ff
-def _sheet_values(path, sheet, cells):
-    if cells.shape[1] not in (0, 6) or (len(cells) and cells.shape[1] == 0):
+_MOST_UNPACKED = 1 << 28  # bytes of a workbook; one of an 8K frame of 8×8 nodes has 2^26
+_MOST_ROWS = 1 << 20  # of a sheet, as Excel has it
+
+
+def _why(error):
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+
+
+def _rows_of(sheet):
+    "Cells of a sheet, without the empty rows at its end; None where a cell is empty."
+    rows, filled = [], 0
+    sheet.reset_dimensions()  # a file may claim any
+    for row in sheet.iter_rows(max_col=len(_EXCEL_COLUMNS) + 1, values_only=True):
+        rows.append(row)
+        if any(cell is not None for cell in row):
+            filled = len(rows)
+        if len(rows) > _MOST_ROWS:
+            raise ValueError(f"there are more than {_MOST_ROWS} rows")
+    return rows[:filled]
+
+
+def _read_sheets(path):
+    """Rows of the sheets 64 to 8 of a workbook; whatever a zip or XML library raises is one
+    sentence.
+    """
+    from openpyxl import load_workbook
+
+    with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):  # of styles
+        try:
+            require_small_zip(file, _MOST_UNPACKED)
+            book = load_workbook(file, read_only=True, data_only=True, keep_links=False)
+        except Exception as error:
+            raise ValueError(
+                f"{path} is not an Excel workbook (.xlsx), or is damaged ({_why(error)})."
+            ) from error
+        names = [str(name) for name in book.sheetnames]
+        if missing := [str(s) for s in EXCEL_SIZES if str(s) not in names]:
+            raise ValueError(
+                f"{path} has no sheet {', '.join(missing)}; it needs the sheets 64, 32, 16 and 8"
+                f" and has {', '.join(map(repr, names))[:200] or 'none'}."
+            )
+        sheets = {}
+        for size in EXCEL_SIZES:
+            try:
+                sheets[size] = _rows_of(book[str(size)])
+            except Exception as error:
+                raise ValueError(f"{path}, sheet {size} is damaged ({_why(error)}).") from error
+    return sheets
+
+
+def _is_integer(cell):
+    return (
+        isinstance(cell, (int, float))
+        and not isinstance(cell, bool)
+        and abs(cell) < 10**_DIGITS
+        and cell == int(cell)
+    )
+
+
+def _sheet_values(path, sheet, rows):
+    if any(row[6] is not None for row in rows):
         raise ValueError(
-            f"{path}, sheet {sheet}: {cells.shape[1]} columns instead of 6"
-            f" ({', '.join(_EXCEL_COLUMNS)})."
+            f"{path}, sheet {sheet}: 7 columns instead of 6 ({', '.join(_EXCEL_COLUMNS)})."
         )
-    values = cells.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64).reshape(-1, 6)
-    is_text = cells.map(lambda v: isinstance(v, (str, bool))).to_numpy(bool).reshape(-1, 6)
-    bad = is_text | ~np.isfinite(values) | (values != np.round(values))
+    bad = np.array([[not _is_integer(cell) for cell in row[:6]] for row in rows]).reshape(-1, 6)
     if bad.any():
         r, c = np.argwhere(bad)[0]
-        value = cells.iat[r, c]
-        shown = repr(value) if isinstance(value, str) else value
+        value = rows[r][c]
         hint = (
             "; the sheets of this format have no header row, so delete it"
             if r == 0 and isinstance(value, str)
             else ""
         )
         raise ValueError(
-            f"{path}, sheet {sheet}, cell {'ABCDEF'[c]}{r + 1}: {shown} is not an integer"
+            f"{path}, sheet {sheet}, cell {'ABCDEF'[c]}{r + 1}:"
+            f" {'an empty cell' if value is None else repr(value)[:80]} is not an integer"
             f" ({_EXCEL_COLUMNS[c]}){hint}."
         )
-    return values.astype(np.int64)
+    return np.array([row[:6] for row in rows], np.int64).reshape(-1, 6)
 
-
+# %% ../nbs/07_contract.ipynb #20b58312
 def read_excel(
     path: str | Path,  # `<name>-intra-<n>.xlsx`
     # unit of the rows and columns in the file: "px" pixels, "mi" units of 4 pixels
@@ -554,20 +610,10 @@ def read_excel(
     if units not in ("px", "mi"):
         raise ValueError(f"units is {units!r}; it must be 'px' or 'mi'.")
     frame = _frame_of(path, r"-intra-(\d+)\.xlsx$") if frame is None else frame
-    try:
-        sheets = pd.read_excel(path, sheet_name=None, header=None, engine="openpyxl")
-    except (BadZipFile, KeyError) as error:
-        raise ValueError(f"{path} is not an Excel workbook (.xlsx), or is damaged.") from error
-    if missing := [str(s) for s in EXCEL_SIZES if str(s) not in sheets]:
-        raise ValueError(
-            f"{path} has no sheet {', '.join(missing)}; it needs the sheets 64, 32, 16 and 8 and"
-            f" has {', '.join(sheets) or 'none'}."
-        )
+    sheets = _read_sheets(path)
     tables, sparse = [], []
     for size in EXCEL_SIZES:
-        nodes = pd.DataFrame(
-            _sheet_values(path, size, sheets[str(size)]), columns=list(_EXCEL_COLUMNS)
-        )
+        nodes = pd.DataFrame(_sheet_values(path, size, sheets[size]), columns=list(_EXCEL_COLUMNS))
         if units == "mi":
             nodes[["row", "col"]] *= MI
             places = nodes[["row", "col"]].to_numpy()

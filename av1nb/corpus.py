@@ -8,9 +8,7 @@ __all__ = ['VIDEO_SUFFIXES', 'kind_of', 'read_source', 'planes_from_ten_bit', 'c
            'corpus_table', 'skipped_table', 'corpus_card']
 
 # %% ../nbs/20_corpus.ipynb #3a8a9db6
-import hashlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -32,16 +30,24 @@ from av1nb.sample import (
     Picture,
     SampleError,
     load_sample,
-    markdown_table,
     node_counts,
     planes_from_rgb,
     planes_from_ycbcr,
     read_manifest,
     resize_plane,
-    sha256,
     write_sample,
 )
-from .files import make_folder, replace_folder, write_bytes
+from av1nb.files import (
+    inside,
+    make_folder,
+    markdown_table,
+    read_json,
+    replace_folder,
+    require_fields,
+    save_json,
+    sha256,
+    sha256_of_file,
+)
 from .streams import load_libaom, read_trees
 from .encoding import QINDEXES, cq_level_of, encode
 
@@ -344,17 +350,13 @@ _SETTINGS = {
 }
 
 
-def _read_json(path):
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorpusError(
-            f"{path} is damaged ({error}). Delete the folder and build the corpus again."
-        ) from error
-
-
-def _write_json(path, content):
-    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+_AGAIN = "Delete it and build the corpus again."
+_OPTIONS = dict.fromkeys(("cpu_used", "max_pixels", "crop", "crops", "frames"), int) | dict(
+    qindexes=list, factor=(int, float, type(None)), similarity=(int, float), libaom=str
+)
+_ORIGIN = dict.fromkeys(("file", "kind", "package", "sha256"), str) | dict(
+    factor=(int, float), thumbnails=list
+)
 
 
 def _sources(inputs, out):
@@ -418,8 +420,7 @@ def _look(path, known_sha256, frames):
     cannot be read.
     """
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of_file(path)
         if digest == known_sha256:
             return dict(sha256=digest)
         read, _ = read_source(path, frames)
@@ -510,21 +511,37 @@ def _write_picture(picture, encoder, out):
         folder = write_sample([picture], encoder, Path(temporary) / picture.name)
         (folder / "CARD.md").unlink()  # it speaks of the sample; a corpus has a card of its own
         (out / "pictures").mkdir(exist_ok=True)
-        replace_folder(folder, out / "pictures" / picture.name)
+        replace_folder(folder, inside(out, f"pictures/{picture.name}", CorpusError))
 
 
-def _manifests(folder):
+def _manifest(folder):
+    "Manifest of a picture, which is a sample of one picture with its origin."
     try:
-        return {
-            path.name: read_manifest(path)
-            for path in sorted((folder / "pictures").glob("*"))
-            if path.is_dir()
-        }
+        manifest = read_manifest(folder)
     except SampleError as error:
         raise CorpusError(
             f"A picture of the corpus is damaged: {error} Delete its folder and build the corpus"
             " again."
         ) from error
+    where = str(folder / "sample.json")
+    if [entry["name"] for entry in manifest["pictures"]] != [folder.name]:
+        raise CorpusError(f"{where} is not of one picture named {folder.name}. {_AGAIN}")
+    for name, stream in manifest["pictures"][0]["streams"].items():
+        require_fields(stream, dict(bytes=int), f"{where}, stream {name}", CorpusError)
+    require_fields(manifest["encoder"], dict(origin=dict), f"{where}, encoder", CorpusError)
+    origin = require_fields(manifest["encoder"]["origin"], _ORIGIN, f"{where}, origin", CorpusError)
+    hexadecimal = rf"[0-9a-f]{{{4 * _THUMBNAIL**2}}}"
+    if not all(re.fullmatch(hexadecimal, str(t)) for t in origin["thumbnails"]):
+        raise CorpusError(f"{where} has a thumbnail that is none. {_AGAIN}")
+    return manifest
+
+
+def _manifests(folder):
+    return {
+        path.name: _manifest(inside(folder, f"pictures/{path.name}", CorpusError))
+        for path in sorted((folder / "pictures").glob("*"))
+        if path.is_dir()
+    }
 
 
 def _prints(origin):
@@ -671,7 +688,7 @@ def build_corpus(
     for left in out.glob(".part-*"):
         shutil.rmtree(left)  # of a build that was killed
     if built != options:
-        _write_json(out / "corpus.json", dict(format=_FORMAT, options=options))
+        save_json(dict(format=_FORMAT, options=options), out / "corpus.json")
     for file in sources.keys() & by_file.keys() - set(chosen) - skipped.keys():
         _update_about(out / "pictures" / names[file], file, abouts[file], out)
     chosen.sort()
@@ -686,10 +703,10 @@ def build_corpus(
         for file, reason in _in_parallel("pictures", jobs, chosen, tasks).items()
         if reason
     }
-    before = _read_json(out / "skipped.json") if (out / "skipped.json").is_file() else {}
+    before = _read_skipped(out)
     after = {file: entry for file, entry in before.items() if file not in sources} | skipped
     if after != before or not (out / "skipped.json").is_file():
-        _write_json(out / "skipped.json", dict(sorted(after.items())))
+        save_json(dict(sorted(after.items())), out / "skipped.json")
     if not finished and all(file in skipped for file in chosen):
         raise ValueError(
             f"None of the {len(sources)} files in {inputs} can be used; {chosen[0]}:"
@@ -700,7 +717,7 @@ def build_corpus(
 
 def _update_about(folder, file, about, out):
     "Write a finished picture anew if only what is said about it has changed."
-    manifest = read_manifest(folder)
+    manifest = _manifest(folder)
     [entry] = manifest["pictures"]
     wanted = _about_picture(folder.name, file, about)
     if all(entry[key] == value for key, value in wanted.items()):
@@ -717,12 +734,23 @@ def _read_corpus(folder):
             f"{folder} is not a corpus: {path} is missing. Build one with"
             " av1nb.corpus.build_corpus."
         )
-    content = _read_json(path)
+    content = read_json(path, CorpusError, _AGAIN)
     if content.get("format") != _FORMAT:
         raise CorpusError(
-            f"{path} has the format {content.get('format')!r}; this version reads {_FORMAT!r}."
+            f"{path} has the format {str(content.get('format'))[:40]!r}; this version reads"
+            f" {_FORMAT!r}."
         )
+    require_fields(content, dict(options=dict), str(path), CorpusError)
+    require_fields(content["options"], _OPTIONS, f"{path}, options", CorpusError)
     return content
+
+
+def _read_skipped(folder):
+    path = Path(folder) / "skipped.json"
+    entries = read_json(path, CorpusError, _AGAIN) if path.is_file() else {}
+    for file, entry in entries.items():
+        require_fields(entry, dict(reason=str, group=str), f"{path}, {file[:80]!r}", CorpusError)
+    return entries
 
 
 def load_corpus(
@@ -736,7 +764,7 @@ def load_corpus(
     """
     folder = Path(folder)
     _read_corpus(folder)
-    known = sorted(path.name for path in (folder / "pictures").glob("*") if path.is_dir())
+    known = list(_manifests(folder))
     if unknown := sorted(set(names or ()) - set(known)):
         raise ValueError(f"The corpus {folder} has no picture {unknown[0]!r}.")
     try:
@@ -773,13 +801,13 @@ def source_planes(
     if name not in (table := corpus_table(folder)).index:
         raise CorpusError(f"The corpus {folder} has no picture {name!r}.")
     entry, options = table.loc[name], corpus_options(folder)
-    path = Path(sources) / entry["file"]
+    path = inside(sources, entry["file"], CorpusError, links=True)
     if not path.is_file():
         raise CorpusError(
             f"{path} is missing, from which {name} was made: build the corpus again, or name the"
             " folder of its sources."
         )
-    if sha256(path.read_bytes()) != entry["source_sha256"]:
+    if sha256_of_file(path) != entry["source_sha256"]:
         raise CorpusError(f"{path} is another file than the one that {name} was made from.")
     planes, _ = prepare(
         path,
@@ -831,10 +859,8 @@ def skipped_table(
     Raises `CorpusError` if there is no corpus.
     """
     _read_corpus(folder)
-    path = Path(folder) / "skipped.json"
-    entries = _read_json(path) if path.is_file() else {}
     return pd.DataFrame(
-        [dict(file=file, **entry) for file, entry in entries.items()],
+        [dict(entry, file=file) for file, entry in _read_skipped(folder).items()],
         columns=["file", "reason", "group"],
     )
 
