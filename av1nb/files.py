@@ -269,8 +269,8 @@ def require_name(
     "Raise `error` unless files can be named so: letters, digits, '.', '_', '-'."
     if not isinstance(name, str) or not re.fullmatch(_NAME, name) or _DEVICE.match(name):
         raise error(
-            f"The {what} name {str(name)[:80]!r} must consist of at most 200 letters, digits, '.',"
-            " '_' and '-', because files are named after it."
+            f"The {what} name {str(name)[:80]!r} must consist of letters, digits, '.', '_' and '-'"
+            " (at most 200), because files are named after it."
         )
     return name
 

@@ -8,8 +8,6 @@ __all__ = ['RecordingError', 'Recording', 'block_files', 'list_recordings', 'fin
            'import_videos', 'import_logs']
 
 # %% ../nbs/09_recordings.ipynb #e3352c97
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -23,7 +21,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .files import DISK_FULL, disk_full, make_folder, remove_empty
+from av1nb.files import (
+    DISK_FULL,
+    disk_full,
+    inside,
+    make_folder,
+    read_json,
+    remove_empty,
+    require_fields,
+    require_name,
+    save_json,
+    sha256_of_file,
+)
 from .streams import read_trees
 from .encoding import QINDEXES, cq_level_of, encode
 from .pictures import probe_video, read_video, read_video_planes, require_ten_bit
@@ -92,27 +101,81 @@ def _description(name):
     return f"recordings/{name}.json"
 
 
-def _load_recording(path):
+_WHOLE = dict.fromkeys(("width", "height", "source_bit_depth", "scale"), int)
+_FIELDS = (
+    dict.fromkeys(("name", "sequence", "pictures", "reading", "source"), str)
+    | _WHOLE
+    | dict(frames=list, qindexes=list, blocks=dict, edge_nodes=dict, files=dict)
+)
+
+
+def _is_own_file(recording, relative):
+    "Whether a file is one that a recording of this name has."
+    pictures, name = (re.escape(n) for n in (recording.pictures, recording.name))
+    sides = "|".join(map(str, BLOCK_SIZES))
+    patterns = (
+        rf"frames/{pictures}\.npy",
+        rf"logs/{name}/partition_frame_[0-9]{{1,9}}\.txt",
+        rf"excel/{name}-intra-[0-9]{{1,9}}\.xlsx",
+        rf"intra_raw_blocks/{name}_sample_({sides})\.txt",
+        rf"(labels|qps|positions)/{name}_\1_({sides})_intra\.txt",
+    )
+    return any(re.fullmatch(pattern, relative) for pattern in patterns)
+
+
+def _require_possible(recording, path):
+    "Raise `RecordingError` for a description that no recording can have."
+    for what in ("name", "sequence", "pictures"):
+        require_name(f"{path}: {what}", getattr(recording, what), RecordingError)
+    counts = (*recording.blocks.values(), *recording.edge_nodes.values())
+    wrong = [
+        ("name", recording.name != path.stem),
+        ("reading", recording.reading not in ("coded", "searched")),
+        ("width or height", not all(1 <= n <= 65536 for n in (recording.width, recording.height))),
+        ("frames", not all(type(n) is int and 0 <= n < 10**9 for n in recording.frames)),
+        ("frames", len(set(map(str, recording.frames))) < max(len(recording.frames), 1)),
+        ("qindexes", not all(type(q) is int and 0 <= q <= 255 for q in recording.qindexes)),
+        ("blocks", set(recording.blocks) - set(BLOCK_SIZES)),
+        ("blocks or edge_nodes", not all(type(n) is int and n >= 0 for n in counts)),
+        ("files", not all(_is_own_file(recording, name) for name in recording.files)),
+        ("files", not all(isinstance(digest, str) for digest in recording.files.values())),
+    ]
+    if names := [name for name, is_wrong in wrong if is_wrong]:
+        raise RecordingError(
+            f"{path} is not the description of a recording: {names[0]} is not what a recording of"
+            " that name can have; write the recording again."
+        )
+
+
+def _load_recording(root, name):
+    path = inside(root, _description(name), RecordingError)
+    content = read_json(path, RecordingError, "Write the recording again.")
+    if "nodes" in content:  # the name of this key in older descriptions
+        content["reading"] = content.pop("nodes")
+    require_fields(
+        content, _FIELDS, f"{path} is not the description of a recording: it", RecordingError
+    )
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if "nodes" in content:  # the name of this key in older descriptions
-            content["reading"] = content.pop("nodes")
         for key in ("frames", "qindexes"):
             content[key] = tuple(content[key])
         for key in ("blocks", "edge_nodes"):
             content[key] = {int(size): count for size, count in content[key].items()}
-        return Recording(**content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        recording = Recording(**content)
+    except (ValueError, TypeError) as error:
         raise RecordingError(
-            f"{path} is not the description of a recording ({error}); write the recording again."
+            f"{path} is not the description of a recording ({str(error)[:80]!r}); write the"
+            " recording again."
         ) from error
+    _require_possible(recording, path)
+    return recording
 
 
 def list_recordings(
     root: str | Path,  # folder of raw data
 ) -> list[Recording]:  # sorted by name; empty if there is none
     "All complete recordings of a folder. Raises `RecordingError` for a damaged description."
-    return [_load_recording(path) for path in sorted((Path(root) / "recordings").glob("*.json"))]
+    paths = sorted((Path(root) / "recordings").glob("*.json"))
+    return [_load_recording(root, path.stem) for path in paths]
 
 # %% ../nbs/09_recordings.ipynb #b749e124
 def find_recording(
@@ -120,13 +183,13 @@ def find_recording(
     name: str,  # recording
 ) -> Recording:  # its description
     "Description of one recording. Raises `FileNotFoundError` that says which recordings there are."
-    path = Path(root) / _description(name)
+    path = Path(root) / _description(require_name("recording", name))
     if not path.is_file():
         raise FileNotFoundError(
             f"{root} has no recording {name!r}; there are: "
             f"{', '.join(p.stem for p in sorted(path.parent.glob('*.json'))) or 'none'}."
         )
-    return _load_recording(path)
+    return _load_recording(root, name)
 
 # %% ../nbs/09_recordings.ipynb #d7664f80
 def _frames_file(pictures):
@@ -145,17 +208,20 @@ def read_frames(
     Raises `RecordingError` if the file is missing, truncated or holds something else.
     """
     name = recording.pictures if isinstance(recording, Recording) else recording
-    path = Path(root) / _frames_file(name)
+    require_name("recording", name, RecordingError)
+    path = inside(root, _frames_file(name), RecordingError)
     if not path.is_file():
         raise RecordingError(
             f"{root} has no pictures {name!r} ({path} is missing); name a recording, or write it"
             " again."
         )
     try:
-        pictures = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        pictures = np.lib.format.open_memmap(path, mode="r")
+    # a header is a piece of Python and fails in as many ways
+    except Exception as error:
         raise RecordingError(
-            f"{path} is truncated or damaged ({error}); write its recordings again."
+            f"{path} is truncated or damaged ({(str(error).splitlines() or [''])[0][:120]}); write"
+            " its recordings again."
         ) from error
     if pictures.ndim != 3 or pictures.dtype != np.uint16:
         raise RecordingError(
@@ -171,7 +237,10 @@ def _read_block_files(folder, recording, size):
             f"Recording {recording.name!r} has no blocks of {size}×{size}; it has the sizes "
             f"{', '.join(map(str, recording.sizes))}."
         )
-    paths = {what: Path(folder) / path for what, path in block_files(recording.name, size).items()}
+    paths = {
+        what: inside(folder, path, RecordingError)
+        for what, path in block_files(recording.name, size).items()
+    }
     if missing := [path for path in paths.values() if not path.is_file()]:
         raise RecordingError(
             f"Recording {recording.name!r} lacks the file {missing[0]}; write it again."
@@ -210,11 +279,6 @@ def read_recording(
     return _read_block_files(root, find_recording(root, name), size)
 
 # %% ../nbs/09_recordings.ipynb #9c69b58a
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _first_difference(a, b):
     return int((a != b).reshape(len(a), -1).any(axis=1).argmax())
 
@@ -222,15 +286,13 @@ def _first_difference(a, b):
 def _verify(recording, folder, pictures_root):
     "Check the files in `folder`, with the pictures in `pictures_root`."
     for relative, digest in recording.files.items():
-        path = (
-            Path(pictures_root if relative == _frames_file(recording.pictures) else folder)
-            / relative
-        )
+        of_pictures = relative == _frames_file(recording.pictures)
+        path = inside(pictures_root if of_pictures else folder, relative, RecordingError)
         if not path.is_file():
             raise RecordingError(
                 f"Recording {recording.name!r} lacks the file {path}; write it again."
             )
-        if _sha256(path) != digest:
+        if sha256_of_file(path) != digest:
             raise RecordingError(
                 f"{path} is not the file that was written with recording {recording.name!r} (its"
                 " SHA-256 differs); write the recording again."
@@ -258,7 +320,12 @@ def _verify(recording, folder, pictures_root):
             if not here.any():
                 continue
             rows, cols = table["row"].to_numpy()[here], table["col"].to_numpy()[here]
-            seen, stored = extract_blocks(pictures[k], rows, cols, size), blocks[here]
+            try:
+                seen, stored = extract_blocks(pictures[k], rows, cols, size), blocks[here]
+            except ValueError as error:
+                raise RecordingError(
+                    f"Recording {recording.name!r}, frame {frame}: {error} Write it again."
+                ) from error
             if not np.array_equal(seen, stored):
                 i = _first_difference(seen, stored)
                 raise RecordingError(
@@ -295,15 +362,6 @@ def verify_recording(
     return recording
 
 # %% ../nbs/09_recordings.ipynb #0d67513a
-def _checked_name(what, name):
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(
-            f"The {what} name {name!r} must consist of letters, digits, '.', '_' and '-', because"
-            " files are named after it."
-        )
-    return name
-
-
 def _write_array(path, array):
     with open(path, "wb") as file:  # np.save reports a full disk without saying that it is one
         np.lib.format.write_array_header_1_0(
@@ -425,7 +483,8 @@ def write_recording(
     Raises `ValueError` for anything that cannot be, `OSError` for a full disk.
     """
     root, sizes = Path(root), tuple(sorted(set(sizes), reverse=True))
-    _checked_name("recording", name), _checked_name("sequence", sequence)
+    require_name("recording", name)
+    require_name("sequence", sequence)
     if not sizes or set(sizes) - set(BLOCK_SIZES):
         raise ValueError(f"sizes is {list(sizes)}; block sizes are 8, 16, 32 and 64.")
     if source_bit_depth not in (8, 10):
@@ -447,9 +506,9 @@ def write_recording(
         files = _stage_files(
             staging, name, file_name, pictures, frames, nodes, sizes, excel, logs, stored
         )
-        digests = {path: _sha256(staging / path) for path in files}
+        digests = {path: sha256_of_file(staging / path) for path in files}
         if stored:
-            digests[_frames_file(file_name)] = _sha256(root / _frames_file(file_name))
+            digests[_frames_file(file_name)] = sha256_of_file(root / _frames_file(file_name))
         of_intra = nodes.loc[nodes["frame_type"] == 0, "size"].value_counts()
         _, height, width = pictures.shape
         blocks = {size: len(block_table(nodes, size, width, height)) for size in sizes}
@@ -470,10 +529,7 @@ def write_recording(
             files=digests,
         )
         _verify(recording, staging, root if stored else staging)
-        (staging / "recordings").mkdir()
-        (staging / _description(name)).write_text(
-            json.dumps(asdict(recording), indent=1) + "\n", encoding="utf-8"
-        )
+        save_json(asdict(recording), staging / _description(name))
         old = {_description(name), *before.files} if before else set()
         kept = {_frames_file(r.pictures) for r in list_recordings(root) if r.name != name}
         if stored:
@@ -721,7 +777,7 @@ def _named(inputs, sequences, suffix_of=lambda path: path.stem):
             f"There are {len(paths)} inputs, but {len(sequences)} sequence names; give one for"
             " each, or none."
         )
-    names = [_checked_name("recording", suffix_of(path)) for path in paths]
+    names = [require_name("recording", suffix_of(path)) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(
             f"Two inputs are named {max(names, key=names.count)!r}; rename one, because recordings"
