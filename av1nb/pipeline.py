@@ -7,10 +7,12 @@ __all__ = ['FALL_BACK', 'TRAINING_NOTEBOOKS', 'OBJECTIVES', 'RIGHT', 'UNCOVERED'
            'origin_columns', 'Predictions', 'class_counts', 'fallback_counts', 'fallback_sentence', 'trained_by',
            'find_checkpoints', 'majority_answer', 'require_models', 'has_threshold', 'require_thresholds',
            'require_samples', 'require_qindex', 'member_probabilities', 'StageModels', 'load_stages', 'Pipeline',
-           'type_probabilities', 'threshold_grid', 'cumulative_confusions', 'require_same_split', 'ThresholdSearch',
-           'search_thresholds', 'lost_at', 'attribute_errors', 'report', 'summary', 'headline', 'coverage_table']
+           'type_probabilities', 'load_pipeline', 'predict_nodes', 'predict_frames', 'threshold_grid',
+           'cumulative_confusions', 'require_same_split', 'ThresholdSearch', 'search_thresholds', 'lost_at',
+           'attribute_errors', 'report', 'summary', 'headline', 'coverage_table']
 
 # %% ../nbs/17_pipeline.ipynb #76499580
+import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +25,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from .augment import tta
+from .blocks import extract_blocks
 from .datasets import BlockSet, to_float
 from av1nb.heads import (
     CheckpointError,
@@ -35,7 +38,7 @@ from av1nb.heads import (
 )
 from .metrics import baselines, bootstrap_interval, classification_report, confusion_statistic
 from .partitions import Hierarchy, PartitionType
-from .files import atomic_file
+from .files import atomic_file, from_root
 from .training import has_bf16, pick_device
 
 # %% ../nbs/17_pipeline.ipynb #0a610086
@@ -684,6 +687,74 @@ def type_probabilities(
             else:
                 arriving[below.name] = probabilities[:, i]
     return result
+
+# %% ../nbs/17_pipeline.ipynb #8a41c6e2
+def load_pipeline(
+    run_dir,  # run directory in which the stages up to 007_optimize_thresholds have run
+) -> Pipeline:
+    """The trained cascade of a run, with its thresholds.
+
+    Raises `FileNotFoundError` that names the stage whose result is missing.
+    """
+    run = from_root(run_dir)
+    path = run / "reports/thresholds.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"reports/thresholds.json is missing in {run}: stage 007_optimize_thresholds makes it,"
+            f" so run that first: av1nb run 007_optimize_thresholds --run-dir {run}"
+        )
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    # of specialists that were absent already when the thresholds were chosen
+    counts = {stage: np.array(found) for stage, found in settings.get("fallback", {}).items()}
+    return Pipeline.from_run(
+        run / "models",
+        settings.get("hierarchy", "v6"),
+        settings["split_hash"],
+        counts or None,
+        settings["vote"],
+        thresholds=settings["thresholds"],
+    )
+
+
+def predict_nodes(
+    pipeline: Pipeline,
+    luma: np.ndarray,  # uint16 [H, W], 10-bit
+    nodes: pd.DataFrame,  # node table (pixels) of 16×16 nodes inside the frame
+) -> Predictions:  # in the order of the nodes, with what every stage says of each
+    "What a cascade says of the nodes of one frame, each at its own qindex."
+    blocks = extract_blocks(luma, nodes["row"].to_numpy(), nodes["col"].to_numpy(), 16)
+    qindex = torch.from_numpy(nodes["qindex"].to_numpy(np.int64))
+    return pipeline.predict(torch.from_numpy(blocks[:, None]), qindex=qindex, unrouted=True)
+
+
+def predict_frames(
+    pipeline: Pipeline,
+    luma: np.ndarray,  # uint16 [frames, H, W], 10-bit
+    qindex: int | None = None,  # 0–255, for models that are told the quantiser
+) -> pd.DataFrame:  # frame, row, col, predicted, confidence, probabilities of each stage
+    """Types of every whole 16×16 block of frames.
+
+    Raises `ValueError` for a frame that holds none.
+    """
+    tables = []
+    for number, frame in enumerate(luma):
+        height, width = frame.shape
+        if height < 16 or width < 16:
+            raise ValueError(f"frame {number} is {width}×{height}, smaller than one 16×16 block")
+        rows, cols = (
+            grid.ravel()
+            for grid in np.meshgrid(
+                np.arange(0, height - 15, 16), np.arange(0, width - 15, 16), indexing="ij"
+            )
+        )
+        blocks = torch.from_numpy(extract_blocks(frame, rows, cols, 16)[:, None])
+        told = None if qindex is None else torch.full((len(blocks),), qindex)
+        table = pipeline.predict(blocks, qindex=told).table()
+        table.insert(0, "frame", number)
+        table.insert(1, "row", rows)
+        table.insert(2, "col", cols)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/17_pipeline.ipynb #ccb34321
 def threshold_grid(
