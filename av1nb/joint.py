@@ -6,13 +6,13 @@
 __all__ = ['STAGE', 'TYPE_NAMES', 'joint_config', 'tree_scores', 'train_joint', 'train_run', 'shipped_weights', 'JointPredictor',
            'read_luma', 'decode_tree', 'type_sets', 'tree_table', 'stage_probabilities', 'fit_decisions', 'frame_maps',
            'predict_blocks', 'level_report', 'load_predictor', 'node_answers', 'tree_report', 'level_table',
-           'type_table']
+           'type_table', 'report_text', 'intra_frames', 'source_of', 'compared_nodes']
 
 # %% ../nbs/22_joint.ipynb #bf9a28f2
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -55,7 +55,15 @@ from av1nb.pipeline import (
     predict_nodes,
     type_probabilities,
 )
-from .pictures import probe_video, read_video
+from av1nb.pictures import (
+    decode_pictures,
+    narrow_planes,
+    probe_video,
+    read_pictures,
+    read_video,
+    ten_bit,
+)
+from .streams import read_trees
 from .training import TrainConfig, fit, has_bf16, pick_device, process, set_seed
 
 # %% ../nbs/22_joint.ipynb #29839945
@@ -699,27 +707,23 @@ def node_answers(
 
 # %% ../nbs/22_joint.ipynb #36ac4d9e
 def tree_report(
-    # of `streams.read_trees`, or anything with their index, width, height, frame_type and nodes(),
-    # and luma uint16 [H, W] on the 10-bit scale
+    # of `intra_frames`, or anything with their index, width, height, nodes() and luma: uint16
+    # [H, W], 10-bit
     frames: Iterable,
     predictor,  # `JointPredictor`, or `Pipeline` of a cascade, which answers at 16×16
     name: str = "the stream",  # beginning of the messages
 ) -> dict:
     """How well a network foretells the coded types of intra frames.
 
-    frames (intra frames), other_frames (predicted from others, or never shown), nodes, beyond_frame
-    and larger (nodes left out, see above), and levels: one entry for each level, for all its
-    quantisers ("all") and for each, with size, qindex and what `ranked_report` says. Raises
-    `ValueError` for a stream without an intra frame or without a node that can be asked, and for
-    pictures of another size than the frame.
+    frames, nodes, beyond_frame and larger (nodes left out, see above), and levels: one entry for
+    each level, for all its quantisers ("all") and for each, with size, qindex and what
+    `ranked_report` says. Raises `ValueError` for a stream without an intra frame or without a node
+    that can be asked, and for pictures of another size than the frame.
     """
     levels = (16,) if isinstance(predictor, Pipeline) else LEVELS
-    count = dict(frames=0, other_frames=0, nodes=0, beyond_frame=0, larger=0)
+    count = dict(frames=0, nodes=0, beyond_frame=0, larger=0)
     parts = []
     for frame in frames:
-        if frame.frame_type != 0 or frame.index < 0:
-            count["other_frames"] += 1
-            continue
         if frame.luma.shape != (frame.height, frame.width):
             raise ValueError(
                 f"{name}: frame {frame.index} has {frame.width}×{frame.height} pixels, but its"
@@ -736,8 +740,8 @@ def tree_report(
         parts.append((nodes, *node_answers(predictor, frame.luma, nodes)))
     if not parts:
         raise ValueError(
-            f"{name} has no intra frame among its {count['other_frames']} frames: only key frames"
-            " and intra-only frames are predicted"
+            f"{name} has no intra frame that is shown: only those are predicted, not what is"
+            " coded from other frames"
         )
     nodes = pd.concat([own for own, _, _ in parts], ignore_index=True)
     decided, probabilities = (np.concatenate(values) for values in list(zip(*parts))[1:])
@@ -788,3 +792,87 @@ def type_table(
     "F1 of every type at every level."
     columns = {row["size"]: row["f1"] for row in report["levels"] if row["qindex"] == qindex}
     return pd.DataFrame(columns, index=TYPE_NAMES).dropna(how="all")
+
+
+def report_text(
+    report: dict,  # of `tree_report`
+    rows: int = 40,  # most rows of the table of levels and quantisers
+) -> str:
+    "A report as its reader sees it: what was asked, the levels, the types."
+    table = level_table(report)
+    left_out = ", ".join(
+        f"{report[key]} {words}"
+        for key, words in (
+            ("beyond_frame", "that reach beyond the frame"),
+            ("larger", "of 128×128, which no network here answers"),
+        )
+        if report[key]
+    )
+    said = [f"{report['nodes']} nodes of {report['frames']} intra frames"]
+    said[0] += f"; left out: {left_out}" if left_out else ""
+    if len(table) > rows:
+        said.append(f"{table['qindex'].nunique() - 1} quantisers: all together, the rest is stored")
+        table = table[table["qindex"] == "all"]
+    return "\n".join([
+        *said,
+        "in parentheses what the frequencies of the types of the same nodes give; nll in nats",
+        table.round(3).to_string(index=False),
+        "",
+        "F1 of each type that occurs, by level",
+        type_table(report).round(3).to_string(na_rep="–"),
+    ])
+
+# %% ../nbs/22_joint.ipynb #4e2c8f90
+def intra_frames(
+    stream,  # AV1 stream, as `streams.read_trees` takes it
+    video=None,  # picture or film that was encoded; None: the decoder's pictures
+    frames: int = 0,  # so many intra frames from the beginning; 0: all
+    width: int | None = None,  # of a `.yuv`, in pixels
+    height: int | None = None,  # of a `.yuv`, in pixels
+    bits: int = 10,  # a sample of a `.yuv`
+) -> Iterator:  # of `streams.Frame`, its luma uint16 [H, W] on the 10-bit scale
+    """The intra frames that a stream shows.
+
+    Raises as `read_trees` and `decode_pictures` do, and `ValueError` for a film that is too short.
+    """
+    trees = read_trees(stream, hidden="skip", luma=video is None)
+    pictures = None if video is None else decode_pictures(video, None, width, height, bits)
+    own = (frame for frame in trees if frame.frame_type == 0 and not frame.repeated)
+    for frame in itertools.islice(own, frames or None):
+        if pictures is None:
+            frame.luma = ten_bit(frame.luma, frame.bit_depth)
+        else:
+            shown = next((one for number, one in pictures if number == frame.index), None)
+            if shown is None:
+                raise ValueError(f"{video} ends before frame {frame.index}, which {stream} shows")
+            frame.luma = narrow_planes(shown, chroma=False)[0]
+        yield frame
+
+
+def source_of(
+    stream,  # as for `intra_frames`
+    video=None,  # as for `intra_frames`
+    width: int | None = None,  # of a `.yuv`, in pixels
+    height: int | None = None,  # of a `.yuv`, in pixels
+    bits: int = 10,  # a sample of a `.yuv`
+) -> str:  # where the pictures come from and what is done to them
+    "What the network will see, in words."
+    if video is not None:
+        said = read_pictures(video, 1, width, height, bits, chroma=False).said
+        return f"pictures of {video}: {'; '.join(said)}"
+    return f"the decoded pictures of {stream} itself (--video names those that were encoded)"
+
+
+def compared_nodes(
+    predictor,  # `JointPredictor`, or `Pipeline` of a cascade
+    frame,  # of `intra_frames`
+) -> tuple:  # node tables: predicted and coded
+    """Two trees of a frame to be drawn: the greedy tree at the frame's own qindex beside the coded
+    one, or, for a cascade, the 16×16 nodes of the coded one with both types.
+    """
+    coded = frame.nodes()
+    if isinstance(predictor, Pipeline):
+        coded = coded[(coded["size"] == 16) & is_inside(coded, frame.width, frame.height)]
+        return coded.assign(type=predict_nodes(predictor, frame.luma, coded).types), coded
+    maps = predictor.maps(frame.luma, frame.base_qindex)
+    return decode_tree(maps, frame.width, frame.height, frame.base_qindex), coded

@@ -145,6 +145,11 @@ def test_predict_and_evaluate_on_a_new_video(small_run, tmp_path):
         small_run.path,
         "--video",
         tmp_path / "new.y4m",
+        "--out",
+        tmp_path / "e.json",
     ).stdout
     nodes = next(iter(streams.read_trees(tmp_path / "new.ivf"))).nodes().query("size == 16")
-    assert f"{len(nodes)} intra 16×16 nodes" in said
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["nodes"] == len(nodes) and f"{len(nodes)} nodes of 1 intra frames" in said
+    assert "the cascade v6" in said and {row["size"] for row in report["levels"]} == {16}
+    assert (tmp_path / "e.png").stat().st_size > 1000
