@@ -10,6 +10,7 @@ __all__ = ['NORMAL_POINTS', 'check_number', 'check_blocks', 'draw_uniform', 'dra
 # %% ../nbs/11_augment.ipynb #1cb41717
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from .partitions import SYMMETRIES, Hierarchy, PartitionType, apply_symmetry, la
 # %% ../nbs/11_augment.ipynb #03493b03
 def check_number(
     name: str,  # what the number is called in the message
-    value,  # what the caller gave
+    value: object,  # what the caller gave
     low: float,  # smallest allowed value
     high: float = math.inf,  # largest allowed value; infinity itself is never allowed
     whole: bool = False,  # whether it has to be a whole number
@@ -120,7 +121,7 @@ class MixedLabels:
 
 # %% ../nbs/11_augment.ipynb #fb105bca
 def check_unmixed(
-    y,  # labels or mixed labels
+    y: object,  # labels or mixed labels
     name: str,  # who asks, for the message
 ) -> None:
     "Raise `ValueError` if the labels have been mixed already."
@@ -519,7 +520,7 @@ class Compose:
 
     def __init__(
         self,
-        *augmentations,  # objects called as augmentation(x, y, generator) -> (x, y)
+        *augmentations: Callable,  # objects called as augmentation(x, y, generator) -> (x, y)
     ):
         wrong = [each for each in augmentations if not callable(each)]
         if wrong:
@@ -542,7 +543,7 @@ class Compose:
 
 # %% ../nbs/11_augment.ipynb #d95ab6bb
 def tta(
-    model_fn,  # x [B, 1, S, S] -> class probabilities [B, n_classes]
+    model_fn: Callable,  # x [B, 1, S, S] -> class probabilities [B, n_classes]
     x: torch.Tensor,  # blocks [B, 1, S, S], as `model_fn` takes them
     hierarchy: Hierarchy,  # whose classes the probabilities are
     stage: str,  # which stage's classes they are

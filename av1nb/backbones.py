@@ -12,7 +12,9 @@ __all__ = ['import_torchvision', 'SqueezeExcitation', 'SpatialAttention', 'Qinde
 import copy
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import torch
@@ -24,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 _declared_operators = []
 
 
-def import_torchvision():
+def import_torchvision() -> ModuleType:  # torchvision
     """The module `torchvision`; if its compiled operators do not fit this PyTorch, with `nms` and
     `qnms` declared but not implemented.
     """
@@ -53,8 +55,8 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(
         self,
-        channels,  # channels C of the input
-        reduction=16,  # the bottleneck has C // reduction units, at least 1
+        channels: int,  # channels C of the input
+        reduction: int = 16,  # the bottleneck has C // reduction units, at least 1
     ):
         super().__init__()
         hidden = max(channels // reduction, 1)
@@ -65,7 +67,10 @@ class SqueezeExcitation(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, x):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,C,H,W]
+    ) -> torch.Tensor:  # of the same shape
         return x * self.excitation(x.mean(dim=(2, 3)))[:, :, None, None]
 
 # %% ../nbs/12_backbones.ipynb #4628d547
@@ -77,7 +82,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(
         self,
-        kernel=7,  # width of the convolution, odd
+        kernel: int = 7,  # width of the convolution, odd
     ):
         super().__init__()
         if kernel % 2 == 0:
@@ -87,7 +92,10 @@ class SpatialAttention(nn.Module):
             )
         self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
 
-    def forward(self, x):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,C,H,W]
+    ) -> torch.Tensor:  # of the same shape
         maps = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
         return x * torch.sigmoid(self.conv(maps))
 
@@ -97,13 +105,16 @@ class QindexEmbedding(nn.Module):
 
     def __init__(
         self,
-        dims=16,  # length of the vector that is concatenated to the features
+        dims: int = 16,  # length of the vector that is concatenated to the features
     ):
         super().__init__()
         self.dims = dims
         self.linear = nn.Linear(1, dims)
 
-    def forward(self, qindex):
+    def forward(
+        self,
+        qindex: torch.Tensor,  # [B], 0–255
+    ) -> torch.Tensor:  # float [B,dims]
         scaled = qindex.to(self.linear.weight.dtype)[:, None] / 255
         return nn.functional.silu(self.linear(scaled))
 
@@ -117,8 +128,9 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        qindex=False,  # True: `forward` needs the qindex of every block, and 16 features are added
-        centre=False,  # True: the mean of each block is subtracted before the first layer
+        # True: `forward` needs the qindex of every block, and 16 features are added
+        qindex: bool = False,
+        centre: bool = False,  # True: the mean of each block is subtracted before the first layer
     ):
         super().__init__()
         self.qindex_embedding = QindexEmbedding() if qindex else None
@@ -127,26 +139,26 @@ class Backbone(nn.Module):
             self.register_buffer("centred", torch.ones(()))
 
     @property
-    def uses_qindex(self):
+    def uses_qindex(self) -> bool:
         "Whether `forward` needs the qindex of every block."
         return self.qindex_embedding is not None
 
     @property
-    def centres(self):
+    def centres(self) -> bool:
         "Whether the mean of each block is subtracted."
         return hasattr(self, "centred")
 
     @property
-    def feature_dim(self):
+    def feature_dim(self) -> int:
         "Length of the feature vector."
         return self.channels + (self.qindex_embedding.dims if self.uses_qindex else 0)
 
     def forward(
         self,
-        x,  # float [B,1,H,W] in [0,1]: blocks that went through `datasets.to_float`
-        # [B], 0–255: needed when the backbone was built with `qindex=True`, refused otherwise
-        qindex=None,
-    ):
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1]: blocks that went through `datasets.to_float`
+        # [B], 0–255: needed if built with `qindex=True`, refused otherwise
+        qindex: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # float [B,feature_dim]
         """→ features [B, feature_dim].
 
         Raises ValueError for anything but float blocks of one channel, and for a qindex that is
@@ -180,10 +192,9 @@ class Backbone(nn.Module):
 
 # %% ../nbs/12_backbones.ipynb #2208bafc
 def one_channel(
-    # state dict of a torchvision ResNet-18, or of the body of one: `conv1.weight` is [64,3,7,7] or
-    # already [64,1,7,7]
-    state,
-):
+    # of a torchvision ResNet-18 or of the body of one: `conv1.weight` [64,3,7,7] or [64,1,7,7]
+    state: dict,
+) -> dict:
     """The body of a ResNet-18 state for one-channel input: `conv1` averaged over RGB, the
     classifier `fc` left out.
 
@@ -202,10 +213,9 @@ def one_channel(
 
 # %% ../nbs/12_backbones.ipynb #9c1dc860
 def pretrained_state(
-    # "imagenet": torchvision's IMAGENET1K_V1, downloaded once; else the path of a .pth with a
-    # ResNet-18 state dict
-    source="imagenet",
-):
+    # "imagenet": torchvision's IMAGENET1K_V1, downloaded once; else a .pth with a state dict
+    source: str | Path = "imagenet",
+) -> dict:
     """One-channel body of a trained ResNet-18.
 
     Raises RuntimeError if the download fails, FileNotFoundError or ValueError for a file that is
@@ -253,7 +263,10 @@ class OnePlaceConv(nn.Conv2d):
     where its output is one place: equal to `nn.Conv2d` up to rounding, under the same names.
     """
 
-    def forward(self, x):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,C,H,W]
+    ) -> torch.Tensor:  # float [B,C',H',W']
         (k, _), (p, _), (s, _) = self.kernel_size, self.padding, self.stride
         if any((n + 2 * p - k) // s for n in x.shape[2:]):
             return super().forward(x)
@@ -263,7 +276,7 @@ class OnePlaceConv(nn.Conv2d):
 
 
 def one_place(
-    module,  # with convolutions that are square, without groups and dilation
+    module: nn.Module,  # with convolutions that are square, without groups and dilation
 ):
     "Turn the convolutions of a module into `OnePlaceConv`, in place; the module."
     for part in module.modules():
@@ -284,9 +297,10 @@ class ResNet18Blocks(Backbone):
 
     def __init__(
         self,
-        pretrained=None,  # None: random weights; "imagenet"; or the path of a ResNet-18 state dict
-        qindex=False,  # take the qindex of every block as a second input
-        centre=False,  # subtract the mean of each block first
+        # None: random weights; "imagenet"; or the path of a ResNet-18 state dict
+        pretrained: str | Path | None = None,
+        qindex: bool = False,  # take the qindex of every block as a second input
+        centre: bool = False,  # subtract the mean of each block first
     ):
         super().__init__(qindex, centre)
         body = import_torchvision().models.resnet18(weights=None)
@@ -311,7 +325,11 @@ class ResNet18Blocks(Backbone):
         )
         self.spatial_attn = SpatialAttention()
 
-    def load_body(self, state, source):
+    def load_body(
+        self,
+        state: dict,  # of a ResNet-18, as `pretrained_state` gives it
+        source: str | Path,  # where it comes from, for messages
+    ) -> None:
         "Take a ResNet-18 body from `state`, every key of it and no other."
         own = {
             name
@@ -326,8 +344,11 @@ class ResNet18Blocks(Backbone):
             )
         self.load_state_dict({**self.state_dict(), **state})
 
-    def maps(self, x):
-        "The feature maps before pooling [B,512,h,w]."
+    def maps(
+        self,
+        x: torch.Tensor,  # float [B,1,H,W]
+    ) -> torch.Tensor:  # float [B,512,H/32,W/32], rounded up
+        "The feature maps before pooling."
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.drop1(self.se1(self.layer1(x)))
         x = self.drop2(self.se2(self.layer2(x)))
@@ -337,9 +358,9 @@ class ResNet18Blocks(Backbone):
 
 # %% ../nbs/12_backbones.ipynb #3d9d3a49
 def layer_shapes(
-    backbone,  # a backbone of this notebook
-    size=16,  # height and width of the blocks, in pixels, margins included
-):
+    backbone: Backbone,  # a backbone of this notebook
+    size: int = 16,  # height and width of the blocks, in pixels, margins included
+) -> pd.DataFrame:
     """DataFrame, one row a direct child of the backbone in the order of execution: `layer`,
     `channels`, `height`, `width`, `parameters`, `multiply_adds` (one block).
     """
@@ -385,9 +406,9 @@ class SeparableBlock(nn.Module):
 
     def __init__(
         self,
-        inputs,  # channels in
-        outputs,  # channels out
-        stride=1,  # 2 halves height and width
+        inputs: int,  # channels in
+        outputs: int,  # channels out
+        stride: int = 1,  # 2 halves height and width
     ):
         super().__init__()
         self.depthwise = nn.Conv2d(
@@ -398,7 +419,10 @@ class SeparableBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.act = nn.SiLU()
 
-    def forward(self, x):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,inputs,H,W]
+    ) -> torch.Tensor:  # float [B,outputs,H/stride,W/stride]
         x = self.act(self.bn1(self.depthwise(x)))
         return self.act(self.bn2(self.pointwise(x)))
 
@@ -408,14 +432,17 @@ class ConvStem(nn.Module):
 
     def __init__(
         self,
-        outputs=32,  # channels out
+        outputs: int = 32,  # channels out
     ):
         super().__init__()
         self.conv = nn.Conv2d(1, outputs, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(outputs)
         self.act = nn.SiLU()
 
-    def forward(self, x):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,1,H,W]
+    ) -> torch.Tensor:  # float [B,outputs,H,W]
         return self.act(self.bn(self.conv(x)))
 
 # %% ../nbs/12_backbones.ipynb #e028a73f
@@ -429,8 +456,8 @@ class LightBackbone(Backbone):
 
     def __init__(
         self,
-        qindex=False,  # take the qindex of every block as a second input
-        centre=False,  # subtract the mean of each block first
+        qindex: bool = False,  # take the qindex of every block as a second input
+        centre: bool = False,  # subtract the mean of each block first
     ):
         super().__init__(qindex, centre)
         self.stem = ConvStem(32)
@@ -440,13 +467,16 @@ class LightBackbone(Backbone):
             SeparableBlock(128, 128),
         )
 
-    def maps(self, x):
-        "The feature maps before pooling [B,128,h,w]."
+    def maps(
+        self,
+        x: torch.Tensor,  # float [B,1,H,W]
+    ) -> torch.Tensor:  # float [B,128,H/4,W/4], rounded up
+        "The feature maps before pooling."
         return self.blocks(self.stem(x))
 
 # %% ../nbs/12_backbones.ipynb #e2d6c2cd
 def layer_groups(
-    backbone,  # a backbone of this notebook
+    backbone: Backbone,  # a backbone of this notebook
 ):
     """List of `nn.ModuleList`, from the input (first) to the features (last): together every
     parameter of the backbone, each once.
@@ -479,15 +509,19 @@ class Modulation(nn.Module):
 
     def __init__(
         self,
-        condition,  # length of the condition
-        channels,  # channels of x
+        condition: int,  # length of the condition
+        channels: int,  # channels of x
     ):
         super().__init__()
         self.linear = nn.Linear(condition, 2 * channels)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x, condition):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,C,H,W]
+        condition: torch.Tensor,  # float [B,D]
+    ) -> torch.Tensor:  # of the shape of x
         scale, shift = self.linear(condition)[:, :, None, None].chunk(2, 1)
         return x * (1 + scale) + shift
 
@@ -499,13 +533,13 @@ class ModulatedConv(nn.Module):
 
     def __init__(
         self,
-        inputs,  # channels in
-        outputs,  # channels out
-        kernel=3,  # side of the kernel, odd
-        stride=1,  # 1 or 2
-        groups=1,  # groups of channels that are filtered by themselves
-        condition=None,  # length of the condition; None: no modulation
-        active=True,  # SiLU at the end
+        inputs: int,  # channels in
+        outputs: int,  # channels out
+        kernel: int = 3,  # side of the kernel, odd
+        stride: int = 1,  # 1 or 2
+        groups: int = 1,  # groups of channels that are filtered by themselves
+        condition: int | None = None,  # length of the condition; None: no modulation
+        active: bool = True,  # SiLU at the end
     ):
         super().__init__()
         self.conv = nn.Conv2d(
@@ -516,13 +550,20 @@ class ModulatedConv(nn.Module):
         self.modulation = Modulation(condition, outputs) if condition else None
         self.active = active
 
-    def forward(self, x, condition):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,inputs,H,W]
+        condition: torch.Tensor | None,  # float [B,D]
+    ) -> torch.Tensor:  # float [B,outputs,H/stride,W/stride]
         x = self.norm(self.conv(x))
         if self.modulation is not None:
             x = self.modulation(x, condition)
         return nn.functional.silu(x) if self.active else x
 
-    def folded(self, condition):
+    def folded(
+        self,
+        condition: torch.Tensor | None,  # float [1,D]: the one that is folded in
+    ) -> "FoldedConv":
         """The same for one condition [1,D] as a convolution with bias: module with the same call,
         in evaluation mode.
         """
@@ -539,7 +580,13 @@ class ModulatedConv(nn.Module):
 class FoldedConv(nn.Module):
     "What `ModulatedConv.folded` gives: the condition is in the weights already."
 
-    def __init__(self, conv, weight, bias, active):
+    def __init__(
+        self,
+        conv: nn.Conv2d,  # whose stride, padding and groups it takes
+        weight: torch.Tensor,  # float, of the shape of the convolution's
+        bias: torch.Tensor,  # float [outputs]
+        active: bool,  # SiLU at the end
+    ):
         super().__init__()
         self.conv = nn.Conv2d(
             conv.in_channels,
@@ -555,7 +602,11 @@ class FoldedConv(nn.Module):
             active,
         )
 
-    def forward(self, x, condition=None):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,inputs,H,W]
+        condition: torch.Tensor | None = None,  # ignored: it is folded in
+    ) -> torch.Tensor:  # float [B,outputs,H/stride,W/stride]
         x = self.conv(x)
         return nn.functional.silu(x, inplace=not x.requires_grad) if self.active else x
 
@@ -569,10 +620,10 @@ class ModulatedResidual(nn.Module):
 
     def __init__(
         self,
-        channels,  # channels in and out
-        condition,  # length of the condition
-        dropout=0.1,  # probability of dropping a channel of the branch
-        separable=False,  # depthwise-separable
+        channels: int,  # channels in and out
+        condition: int,  # length of the condition
+        dropout: float = 0.1,  # probability of dropping a channel of the branch
+        separable: bool = False,  # depthwise-separable
     ):
         super().__init__()
         if separable:
@@ -584,7 +635,11 @@ class ModulatedResidual(nn.Module):
             nn.init.zeros_(self.second.norm.weight)
         self.dropout = nn.Dropout2d(dropout)
 
-    def forward(self, x, condition):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,C,H,W]
+        condition: torch.Tensor,  # float [B,D]
+    ) -> torch.Tensor:  # of the shape of x
         branch = self.dropout(self.second(self.first(x, condition), condition))
         if torch.is_grad_enabled():
             return nn.functional.silu(x + branch)
@@ -593,8 +648,8 @@ class ModulatedResidual(nn.Module):
 
 
 def soft_log(
-    x,  # float, any shape
-):
+    x: torch.Tensor,  # float, any shape
+) -> torch.Tensor:
     """asinh(x); where no gradient is wanted by square root and logarithm, equal up to 1e-6, because
     these are vectorised on a CPU and asinh is not.
     """
@@ -618,12 +673,12 @@ class JointBackbone(nn.Module):
     def __init__(
         self,
         # channels at 1/4, 1/8, 1/16, and at 1/32 and 1/64 of the resolution
-        widths=(24, 64, 112, 128),
-        depths=(0, 2, 1, 2),  # residual blocks there
-        condition=32,  # length of the condition made of the qindex
-        dropout=0.1,  # of the channels of each residual branch
-        qindex=True,  # False: the qindex is taken but ignored, for comparison
-        context=True,  # False: each superblock is looked at by itself, for comparison
+        widths: Sequence[int] = (24, 64, 112, 128),
+        depths: Sequence[int] = (0, 2, 1, 2),  # residual blocks there
+        condition: int = 32,  # length of the condition made of the qindex
+        dropout: float = 0.1,  # of the channels of each residual branch
+        qindex: bool = True,  # False: the qindex is taken but ignored, for comparison
+        context: bool = True,  # False: each superblock is looked at by itself, for comparison
     ):
         super().__init__()
         w4, w8, w16, w32 = widths
@@ -669,13 +724,13 @@ class JointBackbone(nn.Module):
         )
 
     @property
-    def channels(self):
+    def channels(self) -> dict[int, int]:
         "Size of the nodes → channels of their features."
         return dict(
             zip((64, 32, 16, 8), (self.widths[3], self.widths[3], self.widths[2], self.widths[1]))
         )
 
-    def settings(self):
+    def settings(self) -> dict:
         "What this backbone was built with, in plain values."
         return dict(
             widths=list(self.widths),
@@ -685,12 +740,19 @@ class JointBackbone(nn.Module):
             context=self.context,
         )
 
-    def scaled(self, qindex):
+    def scaled(
+        self,
+        qindex: torch.Tensor,  # [B], 0–255
+    ) -> torch.Tensor:
         "The qindex in [0,1], float [B]; a constant if the backbone ignores it."
         scaled = qindex.to(self.gain.dtype) / 255
         return scaled if self.qindex else torch.full_like(scaled, 0.5)
 
-    def inputs(self, x, scaled):
+    def inputs(
+        self,
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1]
+        scaled: torch.Tensor,  # of `scaled`
+    ) -> torch.Tensor:
         "The 34 channels [B,34,H/4,W/4] that the first layer sees."
         cells = nn.functional.pixel_unshuffle(x, 4)
         mean = cells.mean(1, keepdim=True)
@@ -705,7 +767,11 @@ class JointBackbone(nn.Module):
             memory_format=torch.channels_last
         )
 
-    def forward(self, x, qindex):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1], H and W multiples of 64
+        qindex: torch.Tensor,  # [B], 0–255
+    ) -> dict[int, torch.Tensor]:
         if (
             x.ndim != 4
             or x.shape[1] != 1
@@ -731,7 +797,11 @@ class JointBackbone(nn.Module):
             }
         return self.maps(x, qindex)
 
-    def maps(self, x, qindex):
+    def maps(
+        self,
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1], H and W multiples of 64
+        qindex: torch.Tensor,  # [B], 0–255
+    ) -> dict[int, torch.Tensor]:
         "`forward` without its checks."
         scaled = self.scaled(qindex)
         condition = self.condition(torch.stack([scaled, scaled.square()], 1))
@@ -760,8 +830,8 @@ class JointBackbone(nn.Module):
     @torch.no_grad()
     def folded(
         self,
-        qindex,  # one quantiser index, 0–255
-    ):
+        qindex: int,  # one quantiser index, 0–255
+    ) -> "JointBackbone":
         """A copy in evaluation mode that holds for this qindex alone and has plain convolutions:
         faster, and equal up to rounding.
         """

@@ -16,6 +16,7 @@ import json
 import pickle
 import platform
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 
 from .partitions import HIERARCHIES, V6, Hierarchy, PartitionType, legal_types
 from .files import atomic_file
@@ -44,8 +46,8 @@ def _signed(samples: torch.Tensor) -> torch.Tensor:
 
 
 def to_float(
-    # integer pixels 0–1023, torch tensor or numpy array of any shape: uint16, int16, int32 or int64
-    samples,
+    # integer pixels 0–1023 of any shape: uint16, int16, int32 or int64
+    samples: torch.Tensor | np.ndarray,
     # look at the range; only a caller that has checked the same samples before may leave it out
     check: bool = True,
 ) -> torch.Tensor:  # float32 of the same shape: pixel / 1023, in [0, 1]
@@ -82,15 +84,13 @@ SPLITS = ("train", "val", "test")
 
 
 def split_sequences(
-    # sequence name → number of blocks (≥ 1), or numbers of its blocks of each type
-    counts: dict,
-    # shares of the blocks wanted for train, val and test; three positive numbers, sum 1
-    fractions=(0.7, 0.15, 0.15),
+    counts: dict,  # sequence name → number of blocks (≥ 1), or numbers of its blocks of each type
+    # shares of the blocks wanted for train, val and test; sum 1
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),
     seed: int = 42,  # of the order in which the groups are dealt out
     # sequence → group name; a sequence that is not named is its own group
     groups: dict | None = None,
-    # divisions to draw; the one that resembles the whole most is kept
-    draws: int = 200,
+    draws: int = 200,  # divisions to draw; the one that resembles the whole most is kept
     # sequence → "train", "val" or "test", sorted by name; no group is divided, no split is empty
 ) -> dict:
     """Divide sequences between the three splits.
@@ -168,7 +168,7 @@ def split_hash(
 
 # %% ../nbs/10_datasets.ipynb #200ee19c
 def distribution(
-    types,  # partition types, int [N], 0–9
+    types: ArrayLike,  # partition types, int [N], 0–9
     hierarchy: Hierarchy = V6,  # whose stages are counted
     # policy for types without a class, see `partitions.UNCOVERED_POLICIES`
     uncovered: str = "exclude",
@@ -194,7 +194,7 @@ class DatasetError(RuntimeError):
 
 
 def save_tensors(
-    path,  # .pt file
+    path: str | Path,  # .pt file
     content: dict,  # tensors, strings, numbers, and lists, tuples or dicts of them
 ) -> str:  # sha256 of the file: equal content gives equal bytes
     "Save a dictionary as a `.pt` file, completely or not at all."
@@ -206,7 +206,7 @@ def save_tensors(
 
 # %% ../nbs/10_datasets.ipynb #f8616d78
 def load_tensors(
-    path,  # .pt file
+    path: str | Path,  # .pt file
 ) -> tuple:  # (content, sha256 of the file)
     """Load a `.pt` file without running code from it.
 
@@ -378,10 +378,9 @@ class BlockSet:
 
     def labels(
         self,
-        hierarchy: Hierarchy = V6,
+        hierarchy: Hierarchy = V6,  # whose stages are asked
         uncovered: str | None = None,  # policy for types without a class; None: the set's own
-        # stage → int64 tensor [N], −1 where a block is not in the stage
-    ) -> dict:
+    ) -> dict:  # stage → int64 tensor [N], −1 where a block is not in the stage
         "Classes of every block at every stage of a hierarchy, derived from the types."
         derived = hierarchy.labels(self.types.cpu().numpy(), uncovered or self.uncovered)
         return {
@@ -391,7 +390,7 @@ class BlockSet:
 
     def select(
         self,
-        index,  # positions (int tensor or array), boolean mask of N, or slice
+        index: ArrayLike | slice,  # positions, boolean mask of N, or slice
     ) -> "BlockSet":
         "A copy of the chosen blocks, in the order given; names and provenance stay."
         # a slice alone would share memory
@@ -407,7 +406,7 @@ class BlockSet:
 
     def to(
         self,
-        device,  # "cpu", "cuda", torch.device
+        device: torch.device | str,  # "cpu", "cuda", torch.device
     ) -> "BlockSet":
         "The same set with its tensors on a device."
         moved = replace(
@@ -436,7 +435,7 @@ class BlockSet:
 
     def where(
         self,
-        index,  # positions of blocks
+        index: ArrayLike,  # positions of blocks
         limit: int = 3,  # how many to spell out
     ) -> str:  # for messages
         "Name blocks in words: recording, frame, row and column."
@@ -449,7 +448,7 @@ class BlockSet:
 
     def save(
         self,
-        path,  # .pt file
+        path: str | Path,  # .pt file
     ) -> str:  # sha256 of the file
         "Write the set with the contract's keys and its provenance, completely or not at all."
         labels = self.labels(V6)
@@ -468,7 +467,7 @@ class BlockSet:
     @classmethod
     def load(
         cls,
-        path,  # .pt file written by `save`
+        path: str | Path,  # .pt file written by `save`
     ) -> "BlockSet":
         """Read and check a set.
 
@@ -545,10 +544,10 @@ def _from_frames(raw_root, recording, table: pd.DataFrame, size: int, margin: in
 
 
 def build_block_sets(
-    raw_root,  # folder of recordings, as written by `recordings.write_recording`
+    raw_root: str | Path,  # folder of recordings, as written by `recordings.write_recording`
     size: int = 16,  # block size in pixels: 8, 16, 32 or 64
     margin: int = 0,  # pixels of context on each side, from the frame
-    fractions=(0.7, 0.15, 0.15),  # shares of the blocks for train, val and test
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),  # shares of the blocks for train, val and test
     seed: int = 42,  # of the division
     groups: dict | None = None,  # sequence → group that must not be divided
     # that the recordings must have: "coded" or "searched"; None: whichever they agree on
@@ -706,7 +705,7 @@ def _describe(blocks: BlockSet) -> dict:
 
 
 def write_block_sets(
-    out_root,  # folder of data sets; `block_<size>/` is made inside
+    out_root: str | Path,  # folder of data sets; `block_<size>/` is made inside
     sets: dict,  # split → BlockSet, of one division, size and margin
 ) -> dict:  # the content of metadata.json
     "Write `block_<size>/{train,val,test}.pt` and `metadata.json`, all or nothing."
@@ -752,7 +751,7 @@ def write_block_sets(
 
 # %% ../nbs/10_datasets.ipynb #ea3f847c
 def read_metadata(
-    out_root,  # folder of data sets
+    out_root: str | Path,  # folder of data sets
     size: int = 16,  # block size in pixels
 ) -> dict:
     "Content of a data set's metadata.json. `FileNotFoundError` or `DatasetError`."
@@ -768,9 +767,9 @@ def read_metadata(
 
 # %% ../nbs/10_datasets.ipynb #57ee0f45
 def read_block_sets(
-    out_root,  # folder of data sets
+    out_root: str | Path,  # folder of data sets
     size: int = 16,  # block size in pixels
-    splits=SPLITS,  # which of them
+    splits: Iterable[str] = SPLITS,  # which of them
 ) -> dict:  # split → BlockSet
     """Read the sets that `write_block_sets` wrote, each checked against metadata.json.
 
@@ -848,9 +847,8 @@ def _integers(samples: torch.Tensor, path) -> torch.Tensor:
 
 
 def import_legacy(
-    # a .pt file of the old layout, or the folder (`block_16`) that holds train.pt, val.pt and
-    # perhaps test.pt
-    path,
+    # a .pt file of the old layout, or the folder that holds train.pt, val.pt and perhaps test.pt
+    path: str | Path,
 ) -> dict:  # split → BlockSet, for the files that were there
     """Read old files without loss: samples back to uint16, types checked against the stage labels.
 
@@ -919,7 +917,7 @@ def import_legacy(
 
 # %% ../nbs/10_datasets.ipynb #dcee48a2
 def stage_subset(
-    blocks: BlockSet,
+    blocks: BlockSet,  # of one split
     hierarchy: Hierarchy,  # V6, V5, …
     stage: str,  # name of one of its stages
     uncovered: str | None = None,  # policy for types without a class; None: the set's own
@@ -936,7 +934,7 @@ def stage_subset(
 
 # %% ../nbs/10_datasets.ipynb #36a15f26
 def bootstrap_variants(
-    labels,  # int [N], class of each block, all ≥ 0
+    labels: torch.Tensor,  # int [N], class of each block, all ≥ 0
     n: int = 3,  # number of variants
     seed: int = 42,  # variant k is drawn from (seed, k): it does not depend on n
 ) -> list:  # n int64 tensors [N] of positions, sorted, with repetitions
@@ -958,16 +956,15 @@ def bootstrap_variants(
 
 # %% ../nbs/10_datasets.ipynb #ba458d3f
 def write_stage3(
-    out_root,  # folder of data sets, as given to `write_block_sets`
+    out_root: str | Path,  # folder of data sets, as given to `write_block_sets`
     sets: dict,  # split → BlockSet, as written or read
-    hierarchy: Hierarchy = V6,
-    stages=("RECT", "AB"),  # stages that get a set of their own
+    hierarchy: Hierarchy = V6,  # whose stages they are
+    stages: Iterable[str] = ("RECT", "AB"),  # stages that get a set of their own
     # stage → number of bootstrap variants of its training set; None: {"AB": 3}
     variants: dict | None = None,
     seed: int = 42,  # of the bootstrap
     uncovered: str | None = None,  # policy for types without a class; None: the sets' own
-    # one row a set: name, blocks of each split, distinct training blocks
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # one row a set: name, blocks of each split, distinct training blocks
     """Write `block_<size>/stage3/<stage>.pt` and `<stage>_<k>.pt`, k from 1, as positions in the
     split files.
     """
@@ -1026,7 +1023,7 @@ def write_stage3(
 
 # %% ../nbs/10_datasets.ipynb #ccb83fe3
 def read_stage3(
-    out_root,  # folder of data sets
+    out_root: str | Path,  # folder of data sets
     name: str,  # "RECT", "AB", "AB_1", …
     size: int = 16,  # block size in pixels
     sets: dict | None = None,  # the split sets if they have been read already
@@ -1073,8 +1070,8 @@ class BalancedSampler:
 
     def __init__(
         self,
-        labels,  # int [N], class of each block, all ≥ 0
-        seed: int = 42,
+        labels: torch.Tensor,  # int [N], class of each block, all ≥ 0
+        seed: int = 42,  # of the draws
         length: int | None = None,  # blocks drawn in an epoch; None: N
     ):
         labels = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
@@ -1123,20 +1120,18 @@ class Batches:
 
     def __init__(
         self,
-        blocks,  # BlockSet, or uint16 tensor [N, 1, S, S] with pixels 0–1023
+        blocks: BlockSet | torch.Tensor,  # a tensor is uint16 [N, 1, S, S] with pixels 0–1023
         # int64 [N], all ≥ 0; None: the ten-way types of the BlockSet
-        labels=None,
+        labels: torch.Tensor | None = None,
         batch_size: int = 128,  # ≥ 2
         sampler: BalancedSampler | None = None,  # draws the epoch; None: every block once
         shuffle: bool = False,  # without a sampler: a new order every epoch
         seed: int = 42,  # of order and augmentation
         # called as augment(x, y, generator) -> (x, y) on every batch
-        augment=None,
-        device="cpu",  # where batches are wanted
-        # also give the qindex of each block (int64), for models that take it
-        qindex: bool = False,
-        # keep all samples on the device; False: send them batch by batch
-        resident: bool = True,
+        augment: Callable | None = None,
+        device: torch.device | str = "cpu",  # where batches are wanted
+        qindex: bool = False,  # also give the qindex of each block (int64), for models that take it
+        resident: bool = True,  # keep all samples on the device; False: send them batch by batch
     ):
         samples = blocks.samples if isinstance(blocks, BlockSet) else blocks
         labels = blocks.types if labels is None and isinstance(blocks, BlockSet) else labels
@@ -1192,7 +1187,7 @@ class Batches:
         self,
         epoch: int,  # epochs count from 1
         batch: int = 0,  # batches of that epoch to leave out, when a run continues in its middle
-    ):
+    ) -> None:
         """Choose the epoch that the next iteration gives; without it every iteration gives the same
         one.
         """
@@ -1251,7 +1246,7 @@ class Audit:
     def failed(self) -> pd.DataFrame:
         return self.table[~self.table["ok"]]
 
-    def raise_if_failed(self):
+    def raise_if_failed(self) -> None:
         "`DatasetError` that lists the failed checks."
         if not self.ok:
             said = [
@@ -1266,7 +1261,7 @@ class Audit:
 
 # %% ../nbs/10_datasets.ipynb #723c8511
 def pixel_hashes(
-    blocks: BlockSet,
+    blocks: BlockSet,  # of any size and margin
 ) -> np.ndarray:  # uint64 [N]
     "64-bit hash of the pixels of each block, without its margin: equal pixels, equal hashes."
     margin, size = blocks.margin, blocks.size
@@ -1324,9 +1319,8 @@ def _compare(blocks: BlockSet, raw_root, recordings: dict) -> dict:
 
 def audit(
     sets: dict,  # split → BlockSet
-    # folder of recordings, the witness for pixels and labels; None: only what the sets themselves
-    # show
-    raw_root=None,
+    # folder of recordings, the witness for pixels and labels; None: the sets alone
+    raw_root: str | Path | None = None,
     # a block whose values span at most this (of 1023) is flat; 4 is one step of an 8-bit picture
     flat_range: int = 4,
     allowed_shared: int = 0,  # textured blocks that may have identical pixels in two splits

@@ -15,10 +15,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from .metrics import expected_calibration_error, reliability_table
@@ -54,7 +57,7 @@ def class_colours(
 
 # %% ../nbs/18_figures.ipynb #b52f686d
 def savefig(
-    figure,  # matplotlib Figure, or an Axes of it
+    figure: Figure | Axes,  # or an Axes of it
     path: str | Path,  # file to write; the ending .png or .svg chooses the format
     dpi: int = 100,  # pixels per inch of a PNG
 ) -> None:
@@ -157,7 +160,7 @@ def partition_rectangles(
 def partition_overlay(
     luma: np.ndarray,  # luma plane, integers [height, width]
     nodes: pd.DataFrame,  # node table of this frame (pixels)
-    ax=None,  # matplotlib Axes, or None for a new figure
+    ax: Axes | None = None,  # to draw into; None: a new figure
     *,
     # part to show: row, column, height, width in pixels; None for the whole frame
     window: tuple[int, int, int, int] | None = None,
@@ -165,7 +168,7 @@ def partition_overlay(
     peak: int = 1023,  # white level: 1023 for 10-bit, 255 for 8-bit pixels
     legend: bool = True,  # colour key with the number of nodes of each type
     title: str | None = None,  # title of the plot
-):  # the Axes
+) -> Axes:  # the Axes
     "Partition of a frame, drawn on its luma plane in the colours of the types."
     luma = np.asarray(luma)
     if luma.ndim != 2:
@@ -271,7 +274,7 @@ def compare_overlays(
     fill: float = 0.3,  # opacity of the fill, 0–1
     peak: int = 1023,  # white level: 1023 for 10-bit, 255 for 8-bit pixels
     mark_differences: bool = False,  # a cross on every node where the types differ
-):  # the Figure
+) -> Figure:  # the Figure
     "Two partitions of the same frame, with the number of nodes on which they agree."
     height, width = np.shape(luma) if window is None else window[2:]
     beside = width <= 2 * height
@@ -321,20 +324,19 @@ def compare_overlays(
 
 # %% ../nbs/18_figures.ipynb #63ac8499
 def sample_grid(
-    samples,  # blocks, integers [blocks, 1, side, side] or [blocks, side, side], array or tensor
-    labels,  # class number of each block [blocks]; −1 leaves a block out
+    samples: ArrayLike,  # blocks, integers [blocks, 1, side, side] or [blocks, side, side]
+    labels: ArrayLike,  # class number of each block [blocks]; −1 leaves a block out
     # class names by number; None: the labels are partition types
     names: Sequence[str] | None = None,
     *,
-    # partition types 0–9 [blocks], for the lines; None: from the class where it has the name of a
-    # type
-    types=None,
+    # partition types 0–9 [blocks], for the lines; None: from the names of the classes
+    types: ArrayLike | None = None,
     per_class: int = 12,  # blocks in a row
     margin: int = 0,  # context pixels on each side of the block
     seed: int = 42,  # chooses the blocks
     title: str | None = None,  # title of the plot; None: says what is drawn
-    ax=None,  # matplotlib Axes, or None for a new figure
-):  # the Axes
+    ax: Axes | None = None,  # to draw into; None: a new figure
+) -> Axes:  # the Axes
     "Random blocks of each class that occurs, one row a class, with their partition."
     names = [t.name for t in PartitionType] if names is None else list(names)
     samples, labels = _columns(samples=samples, labels=labels)
@@ -404,13 +406,12 @@ def sample_grid(
 
 # %% ../nbs/18_figures.ipynb #ffa2db8d
 def class_distribution(
-    # DataFrame of blocks [class, split], or dict split -> {class: blocks} or split -> partition
-    # type of each block [blocks]
-    counts,
+    # blocks [class, split]; or split → {class: blocks} or type of each block
+    counts: pd.DataFrame | dict,
     *,
     title: str = "Class distribution",  # title of the plot
-    ax=None,  # matplotlib Axes, or None for a new figure
-):  # the Axes
+    ax: Axes | None = None,  # to draw into; None: a new figure
+) -> Axes:  # the Axes
     "Share of each class in each split, with the number of blocks of the split in the legend."
     if isinstance(counts, Mapping):
         counts = {split: _count(of_split) for split, of_split in counts.items()}
@@ -468,9 +469,8 @@ def _count(of_split):
 
 # %% ../nbs/18_figures.ipynb #a5ccd7eb
 def training_curves(
-    # History, DataFrame or dict of lists: epoch, train_loss, val_loss, scores of the validation
-    # set, learning rates (lr…)
-    history,
+    # History, DataFrame or dict of lists: epoch, train_loss, val_loss, scores, learning rates (lr…)
+    history: object,
     *,
     # scores to draw; None: accuracy, macro_f1 and f1 as far as they are there
     scores: Sequence[str] | None = None,
@@ -478,7 +478,7 @@ def training_curves(
     monitor: str | None = None,
     mode: str = "max",  # "max" or "min": which value of the monitor is best
     title: str = "Training",  # title of the figure
-):  # the Figure
+) -> Figure:  # the Figure
     "Loss, validation scores and learning rates by epoch."
     frame = history.frame() if hasattr(history, "frame") else pd.DataFrame(history)
     frame = frame.set_index("epoch") if "epoch" in frame else frame
@@ -528,12 +528,12 @@ def training_curves(
 
 # %% ../nbs/18_figures.ipynb #df78066e
 def confusion_heatmap(
-    matrix,  # blocks [true class, decided class], integers
+    matrix: ArrayLike,  # blocks [true class, decided class], integers
     names: Sequence[str],  # class names, in the order of the rows
     *,
     title: str = "Confusion",  # title of the plot
-    ax=None,  # matplotlib Axes, or None for a new figure
-):  # the Axes
+    ax: Axes | None = None,  # to draw into; None: a new figure
+) -> Axes:  # the Axes
     "Confusion matrix with shares of the true class and counts."
     matrix = np.asarray(matrix)
     if matrix.shape != (len(names), len(names)):
@@ -576,13 +576,13 @@ def confusion_heatmap(
 
 # %% ../nbs/18_figures.ipynb #b4cba92b
 def precision_recall(
-    scores,  # probability of class 1, 0–1 [blocks]
-    labels,  # true class, 0 or 1 (or bool) [blocks]
+    scores: ArrayLike,  # probability of class 1, 0–1 [blocks]
+    labels: ArrayLike,  # true class, 0 or 1 (or bool) [blocks]
     *,
     threshold: float | None = None,  # a chosen threshold, to be marked
     positive: str = "PARTITION",  # name of class 1
     title: str = "Precision and recall",  # title of the figure
-):  # the Figure
+) -> Figure:  # the Figure
     """Precision, recall and F1 over all thresholds, and the precision-recall curve with its average
     precision.
     """
@@ -644,8 +644,8 @@ def threshold_curve(
     columns: Sequence[str] | None = None,  # objectives to draw; None: all numeric columns
     x: str = "threshold",  # name of the threshold's column
     title: str = "Threshold search on the validation split",  # title of the plot
-    ax=None,  # matplotlib Axes, or None for a new figure
-):  # the Axes
+    ax: Axes | None = None,  # to draw into; None: a new figure
+) -> Axes:  # the Axes
     "Objectives over the thresholds that were tried."
     columns = (
         [c for c in table.select_dtypes("number") if c != x] if columns is None else list(columns)
@@ -673,13 +673,13 @@ def threshold_curve(
 
 # %% ../nbs/18_figures.ipynb #3cb4aa81
 def reliability_diagram(
-    # [blocks, classes], or [blocks] for class 1 of two; or a dict name -> such an array
-    probabilities,
-    labels,  # true class numbers [blocks]
+    # [blocks, classes], or [blocks] for class 1 of two; or name → such an array
+    probabilities: ArrayLike | dict,
+    labels: ArrayLike,  # true class numbers [blocks]
     *,
     bins: int = 15,  # bins of equal width
     title: str = "Reliability",  # title of the figure
-):  # the Figure
+) -> Figure:  # the Figure
     """Accuracy against confidence, with the expected calibration error of each model and the number
     of blocks in each bin.
     """
@@ -718,13 +718,13 @@ def reliability_diagram(
 
 # %% ../nbs/18_figures.ipynb #ce1dcad6
 def agreement_plot(
-    agreement,  # share of the members that voted for the decision, 0–1 [blocks]
-    correct,  # whether the decision is right, bool [blocks]
+    agreement: ArrayLike,  # share of the members that voted for the decision, 0–1 [blocks]
+    correct: ArrayLike,  # whether the decision is right, bool [blocks]
     *,
     chance: float | None = None,  # accuracy of guessing, to be marked
     title: str = "Accuracy by agreement of the ensemble",  # title of the plot
-    ax=None,  # matplotlib Axes, or None for a new figure
-):  # the Axes
+    ax: Axes | None = None,  # to draw into; None: a new figure
+) -> Axes:  # the Axes
     "Accuracy for each level of agreement, with 95 % Wilson intervals and numbers of blocks."
     agreement, correct = _columns(agreement=agreement, correct=correct)
     if np.isnan(agreement).any():
@@ -771,8 +771,8 @@ def error_flow(
     attribution: pd.DataFrame,
     *,
     title: str = "Where blocks are lost",  # title of the plot
-    ax=None,  # matplotlib Axes, or None for a new figure
-):  # the Axes
+    ax: Axes | None = None,  # to draw into; None: a new figure
+) -> Axes:  # the Axes
     """Waterfall from all blocks to the right ones, and what each stage would give if it were
     perfect (see `pipeline.attribute_errors`).
     """

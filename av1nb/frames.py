@@ -37,9 +37,9 @@ class Place:
 
 
 def check_frame(
-    luma,  # array that should be one 10-bit frame
-    where="the frame",  # beginning of the message
-):
+    luma: np.ndarray,  # array that should be one 10-bit frame
+    where: str = "the frame",  # beginning of the message
+) -> None:
     "Raise `ValueError` unless `luma` is uint16 [H, W] with values up to 1023, at least 8×8."
     if not isinstance(luma, np.ndarray) or luma.dtype != np.uint16 or luma.ndim != 2:
         found = (
@@ -70,9 +70,8 @@ def pad_frame(
 
 
 def numbered(
-    # object with `luma` [frames, H, W] and, where they are not 0, 1, 2, …, the numbers of its
-    # `frames`
-    picture,
+    # with `luma` [frames, H, W] and, where they are not 0, 1, 2, …, the numbers of its `frames`
+    picture: object,
 ) -> list:  # pairs of number and luma
     "The frames of a picture with their numbers."
     return list(zip(getattr(picture, "frames", None) or range(len(picture.luma)), picture.luma))
@@ -93,7 +92,7 @@ class FrameSet:
         # `costs` {qindex: (node table, RD costs [nodes,10])}
         pictures: Iterable,
         side: int = 128,  # side of the crops that will be taken, a multiple of 64
-        device="cpu",  # where the vectors live
+        device: torch.device | str = "cpu",  # where the vectors live
         # "coded": labels are the coded trees; "searched": the types that won in the search of the
         # costs, at every node it visited
         reading: str = "coded",
@@ -336,7 +335,10 @@ class CropBatches:
         ) = (frames, batch_size, seed, symmetries, rank, world, 1)
         self.share = frames.superblocks.double() / frames.superblocks.sum()
 
-    def set_epoch(self, epoch):
+    def set_epoch(
+        self,
+        epoch: int,  # epochs count from 1
+    ) -> None:
         self.epoch = epoch
 
     def __len__(self):
@@ -445,7 +447,7 @@ class Filmed:
 
 
 def recorded_pictures(
-    raw_root,  # folder of raw data, with logs
+    raw_root: str | Path,  # folder of raw data, with logs
     # in the order of their names; several with one name where recordings have pictures of their own
 ) -> list[Filmed]:
     """Whole frames of raw data.

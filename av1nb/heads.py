@@ -12,6 +12,7 @@ __all__ = ['HEADS', 'ARCHITECTURES', 'to_probabilities', 'MLPHead', 'fit_tempera
 # %% ../nbs/13_heads.ipynb #0c18923b
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,13 +22,13 @@ from torch import nn
 from torch.nn import functional
 from torch.serialization import safe_globals
 
-from .backbones import JointBackbone, LightBackbone, ResNet18Blocks
+from .backbones import Backbone, JointBackbone, LightBackbone, ResNet18Blocks
 from .partitions import HIERARCHIES, LEVELS, Hierarchy, PartitionType
 
 # %% ../nbs/13_heads.ipynb #299c12ae
 def to_probabilities(
-    logits,  # [B] of a binary stage, or [B,C]
-):
+    logits: torch.Tensor,  # [B] of a binary stage, or [B,C]
+) -> torch.Tensor:
     "Class probabilities [B,C], float32 at least; two columns for a binary stage."
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if logits.ndim == 1:
@@ -45,8 +46,8 @@ class MLPHead(nn.Module):
 
     def __init__(
         self,
-        widths,  # for example (512, 256, 128, 3): features, hidden layers, classes
-        dropout=0.3,  # share of hidden units that are dropped in training, 0–1
+        widths: Sequence[int],  # for example (512, 256, 128, 3): features, hidden layers, classes
+        dropout: float = 0.3,  # share of hidden units that are dropped in training, 0–1
     ):
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
@@ -59,15 +60,18 @@ class MLPHead(nn.Module):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True), nn.Dropout(dropout)]
         self.head = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
-    def forward(self, features):
+    def forward(
+        self,
+        features: torch.Tensor,  # float [B,widths[0]]
+    ) -> torch.Tensor:  # logits [B,C], or [B] of one
         return self.head(features)
 
 # %% ../nbs/13_heads.ipynb #e551077f
 def fit_temperature(
-    logits,  # uncalibrated validation logits: [N] of a binary stage, or [N,C]
-    labels,  # their classes [N], integers ≥ 0
-    bounds=(0.01, 100),  # range of the temperature
-):
+    logits: torch.Tensor,  # uncalibrated validation logits: [N] of a binary stage, or [N,C]
+    labels: torch.Tensor,  # their classes [N], integers ≥ 0
+    bounds: tuple[float, float] = (0.01, 100),  # range of the temperature
+) -> float:
     """`(temperature, NLL before, NLL after)`.
 
     Raises ValueError for empty, non-finite or one-class input. Guo, Pleiss, Sun, Weinberger 2017,
@@ -118,24 +122,30 @@ class Stage1Head(MLPHead):
 
     def __init__(
         self,
-        features=512,  # length of the feature vector
-        dropout=0.3,  # 0–1
+        features: int = 512,  # length of the feature vector
+        dropout: float = 0.3,  # 0–1
     ):
         super().__init__((features, 256, 1), dropout)
         self.temperature = nn.Parameter(torch.ones(1), requires_grad=False)
 
-    def forward(self, features):
+    def forward(
+        self,
+        features: torch.Tensor,  # float [B,features]
+    ) -> torch.Tensor:  # uncalibrated logits [B]
         return super().forward(features)[:, 0]
 
-    def calibrated(self, logits):
+    def calibrated(
+        self,
+        logits: torch.Tensor,  # uncalibrated [B]
+    ) -> torch.Tensor:  # [B]
         "Logits divided by the temperature."
         return logits / self.temperature
 
     def fit_temperature(
         self,
-        logits,  # uncalibrated validation logits [N]
-        labels,  # their classes, 0 or 1
-    ):
+        logits: torch.Tensor,  # uncalibrated validation logits [N]
+        labels: torch.Tensor,  # their classes, 0 or 1
+    ) -> float:
         """Fit and keep the temperature.
 
         Returns a dict: `temperature`, `nll_before`, `nll_after`. Raises ValueError as
@@ -155,11 +165,11 @@ class FineGrainedHead(nn.Module):
 
     def __init__(
         self,
-        features,  # length of the feature vector
-        classes,  # number of classes
-        projection=128,  # length of the embedding
-        scale=16.0,  # factor of the cosines at the start, positive; it is learned
-        dropout=0.3,  # 0–1
+        features: int,  # length of the feature vector
+        classes: int,  # number of classes
+        projection: int = 128,  # length of the embedding
+        scale: float = 16.0,  # factor of the cosines at the start, positive; it is learned
+        dropout: float = 0.3,  # 0–1
     ):
         super().__init__()
         if scale <= 0:
@@ -173,17 +183,26 @@ class FineGrainedHead(nn.Module):
         self.weight = nn.Parameter(torch.randn(classes, projection))
         self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
 
-    def embed(self, features):
+    def embed(
+        self,
+        features: torch.Tensor,  # float [B,features]
+    ) -> torch.Tensor:  # float [B,projection]
         "features [B,F] → embedding [B,projection] of length 1."
         return functional.normalize(self.projection(features), dim=1)
 
-    def classify(self, embedding):
+    def classify(
+        self,
+        embedding: torch.Tensor,  # float [B,projection], from `embed`
+    ) -> torch.Tensor:  # logits [B,classes]
         "embedding [B,projection] → logits [B,C], each in [−scale, scale]."
         return self.log_scale.exp() * functional.linear(
             functional.normalize(embedding, dim=1), functional.normalize(self.weight, dim=1)
         )
 
-    def forward(self, features):
+    def forward(
+        self,
+        features: torch.Tensor,  # float [B,features]
+    ) -> torch.Tensor:  # logits [B,classes]
         return self.classify(self.embed(features))
 
 # %% ../nbs/13_heads.ipynb #be94c46d
@@ -192,16 +211,19 @@ class LightHead(nn.Module):
 
     def __init__(
         self,
-        features,  # length of the feature vector
-        outputs,  # number of logits; 1 gives a tensor [B]
-        dropout=0.3,  # 0–1
+        features: int,  # length of the feature vector
+        outputs: int,  # number of logits; 1 gives a tensor [B]
+        dropout: float = 0.3,  # 0–1
     ):
         super().__init__()
         self.fc = nn.Sequential(
             nn.Linear(features, 64), nn.SiLU(), nn.Dropout(dropout), nn.Linear(64, outputs)
         )
 
-    def forward(self, features):
+    def forward(
+        self,
+        features: torch.Tensor,  # float [B,features]
+    ) -> torch.Tensor:  # logits [B,outputs], or [B] of one
         logits = self.fc(features)
         return logits[:, 0] if logits.shape[1] == 1 else logits
 
@@ -214,12 +236,12 @@ class StageModel(nn.Module):
 
     def __init__(
         self,
-        backbone,  # `ResNet18Blocks` or `LightBackbone`
-        head,  # one of the heads above
-        stage,  # name of the stage
-        hierarchy,  # name of its hierarchy
-        class_names,  # names of its classes, in the order of their numbers
-        head_kind,  # "mlp", "fine_grained" or "light"
+        backbone: Backbone,  # `ResNet18Blocks` or `LightBackbone`
+        head: nn.Module,  # one of the heads above
+        stage: str,  # name of the stage
+        hierarchy: str,  # name of its hierarchy
+        class_names: Sequence[str],  # names of its classes, in the order of their numbers
+        head_kind: str,  # "mlp", "fine_grained" or "light"
     ):
         super().__init__()
         self.backbone, self.head = backbone, head
@@ -231,35 +253,46 @@ class StageModel(nn.Module):
         )
 
     @property
-    def architecture(self):
+    def architecture(self) -> str:
         '"v6" or "v5".'
         return self.backbone.architecture
 
     @property
-    def uses_qindex(self):
+    def uses_qindex(self) -> bool:
         "Whether `forward` needs the qindex of every block."
         return self.backbone.uses_qindex
 
-    def features(self, x, qindex=None):
+    def features(
+        self,
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1]
+        qindex: torch.Tensor | None = None,  # [B], 0–255, for a model built with qindex=True
+    ) -> torch.Tensor:
         "Features [B,F] of the backbone."
         return self.backbone(x, qindex)
 
     def forward(
         self,
-        x,  # float [B,1,H,W] in [0,1]
-        qindex=None,  # [B], 0–255, for a model built with qindex=True
-    ):
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1]
+        qindex: torch.Tensor | None = None,  # [B], 0–255, for a model built with qindex=True
+    ) -> torch.Tensor:
         return self.head(self.features(x, qindex))
 
-    def calibrated(self, logits):
+    def calibrated(
+        self,
+        logits: torch.Tensor,  # as `forward` gives them
+    ) -> torch.Tensor:
         "Logits of `forward` divided by the fitted temperature, where the head has one."
         return self.head.calibrated(logits) if hasattr(self.head, "calibrated") else logits
 
-    def probabilities(self, x, qindex=None):
+    def probabilities(
+        self,
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1]
+        qindex: torch.Tensor | None = None,  # [B], 0–255, for a model built with qindex=True
+    ) -> torch.Tensor:
         "Calibrated class probabilities [B,C], two columns for a binary stage."
         return to_probabilities(self.calibrated(self(x, qindex)))
 
-    def identity(self):
+    def identity(self) -> dict:
         "What this model is, in plain values: belongs into every checkpoint of it."
         return dict(
             stage=self.stage,
@@ -277,8 +310,8 @@ HEADS = ("auto", "mlp", "fine_grained", "light")
 
 
 def find_hierarchy(
-    hierarchy,  # a `Hierarchy`, or the name of one of `HIERARCHIES`
-):
+    hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one of `HIERARCHIES`
+) -> Hierarchy:
     "The `Hierarchy`. Raises ValueError for an unknown name."
     if isinstance(hierarchy, Hierarchy):
         return hierarchy
@@ -291,27 +324,28 @@ def find_hierarchy(
 
 
 def is_binary(
-    hierarchy,  # a `Hierarchy`, or the name of one
-    stage,  # name of a stage
-):
+    hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one
+    stage: str,  # name of a stage
+) -> bool:
     "Whether the stage is the first of its hierarchy and has two classes: it then has one logit."
     found = find_hierarchy(hierarchy).stage(stage)
     return found.parent is None and len(found.classes) == 2
 
 # %% ../nbs/13_heads.ipynb #83ec90de
 def build_model(
-    hierarchy,  # a `Hierarchy`, or the name of one
-    stage,  # name of one of its stages
-    architecture="v6",  # "v6": ResNet-18 with attention; "v5": the light backbone
-    head="auto",  # "auto", or by name "mlp", "fine_grained", "light"
-    pretrained=None,  # v6 only: None, "imagenet" or the path of a ResNet-18 state dict
-    qindex=False,  # whether the model sees the qindex of every block
-    centre=False,  # whether the mean of each block is subtracted first
-    # dropout of the head, 0–1; None: 0.3, and 0.2 for the light head of a binary stage
-    dropout=None,
-    projection=128,  # fine-grained head: length of the embedding
-    scale=16.0,  # fine-grained head: scale of the cosines at the start
-):
+    hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one
+    stage: str,  # name of one of its stages
+    architecture: str = "v6",  # "v6": ResNet-18 with attention; "v5": the light backbone
+    head: str = "auto",  # "auto", or by name "mlp", "fine_grained", "light"
+    # v6 only: None, "imagenet" or the path of a ResNet-18 state dict
+    pretrained: str | Path | None = None,
+    qindex: bool = False,  # whether the model sees the qindex of every block
+    centre: bool = False,  # whether the mean of each block is subtracted first
+    # of the head, 0–1; None: 0.3, and 0.2 for the light head of a binary stage
+    dropout: float | None = None,
+    projection: int = 128,  # fine-grained head: length of the embedding
+    scale: float = 16.0,  # fine-grained head: scale of the cosines at the start
+) -> StageModel:
     """The model of one stage.
 
     Raises ValueError for an unknown hierarchy, stage, architecture or head.
@@ -365,10 +399,10 @@ class Votes(NamedTuple):
 
 
 def combine_votes(
-    probabilities,  # [M,N,C] of M members
-    vote="majority",  # "majority", "soft" or "weighted"
-    weights=None,  # M numbers ≥ 0, not all 0, for "weighted" only
-):
+    probabilities: torch.Tensor,  # [M,N,C] of M members
+    vote: str = "majority",  # "majority", "soft" or "weighted"
+    weights: Sequence[float] | None = None,  # M numbers ≥ 0, not all 0, for "weighted" only
+) -> Votes:
     """`Votes` of all blocks at once.
 
     Raises ValueError for an unknown vote and for weights that do not fit. Dietterich 2000, Ensemble
@@ -416,9 +450,9 @@ class Ensemble(nn.Module):
 
     def __init__(
         self,
-        models,  # two or more `StageModel`s of one stage
-        vote="majority",  # "majority", "soft" or "weighted"
-        weights=None,  # one number ≥ 0 a member, for vote="weighted"
+        models: Sequence[StageModel],  # two or more `StageModel`s of one stage
+        vote: str = "majority",  # "majority", "soft" or "weighted"
+        weights: Sequence[float] | None = None,  # one number ≥ 0 a member, for vote="weighted"
     ):
         super().__init__()
         models = list(models)
@@ -442,34 +476,42 @@ class Ensemble(nn.Module):
         )
 
     @property
-    def stage(self):
+    def stage(self) -> str:
         "Name of the stage."
         return self.models[0].stage
 
     @property
-    def hierarchy(self):
+    def hierarchy(self) -> str:
         "Name of the hierarchy."
         return self.models[0].hierarchy
 
     @property
-    def class_names(self):
+    def class_names(self) -> list[str]:
         "Names of the classes."
         return self.models[0].class_names
 
     @property
-    def uses_qindex(self):
+    def uses_qindex(self) -> bool:
         "Whether the members need the qindex of every block."
         return self.models[0].uses_qindex
 
-    def forward(self, x, qindex=None):
-        "`Votes` on blocks [B,1,H,W] in [0,1]."
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1]
+        qindex: torch.Tensor | None = None,  # [B], 0–255, for models built with qindex=True
+    ) -> Votes:
+        "What the members decide together."
         return combine_votes(
             torch.stack([model.probabilities(x, qindex) for model in self.models]),
             self.vote,
             self.weights,
         )
 
-    def probabilities(self, x, qindex=None):
+    def probabilities(
+        self,
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1]
+        qindex: torch.Tensor | None = None,  # [B], 0–255, for models built with qindex=True
+    ) -> torch.Tensor:
         "(Weighted) mean of the members' probabilities [B,C]."
         return self(x, qindex).probabilities
 
@@ -480,7 +522,13 @@ class CheckpointError(RuntimeError):
     `missing`, `unexpected` and `mismatched` list the keys concerned.
     """
 
-    def __init__(self, message, missing=(), unexpected=(), mismatched=()):
+    def __init__(
+        self,
+        message: str,  # what is wrong
+        missing: Sequence[str] = (),  # keys that the file lacks
+        unexpected: Sequence[str] = (),  # keys that the model does not know
+        mismatched: Sequence[str] = (),  # keys of another shape
+    ):
         super().__init__(message)
         self.missing, self.unexpected, self.mismatched = (
             list(missing),
@@ -505,7 +553,7 @@ _NUMPY_VALUES = [
 
 
 def read_checkpoint(
-    path,  # a file that `torch.save` wrote
+    path: str | Path,  # a file that `torch.save` wrote
 ):
     """The dictionary as it was saved, on the CPU.
 
@@ -589,7 +637,7 @@ _JOINT_HEAD = re.compile(r"(?:(stage\d+)_head|specialist_heads\.([^.]+))\.fc\.")
 
 
 def identify_state(
-    state,  # state dict of a checkpoint
+    state: dict,  # state dict of a checkpoint
 ):
     "`StateKind` of a state dict."
     architecture = (
@@ -628,9 +676,9 @@ def identify_state(
 
 # %% ../nbs/13_heads.ipynb #bbfa74ca
 def summarise_keys(
-    keys,  # names of tensors
-    most=12,  # up to so many are listed one by one
-):
+    keys: Iterable[str],  # names of tensors
+    most: int = 12,  # up to so many are listed one by one
+) -> str:
     "The keys in a few words: one by one if they are few, else by layer with their number."
     keys = list(keys)
     if len(keys) <= most:
@@ -643,10 +691,10 @@ def summarise_keys(
 
 
 def require_same_keys(
-    state,  # state dict that is to be loaded
-    own,  # state dict of the module it is for
-    what,  # beginning of the error, names the file
-):
+    state: dict,  # state dict that is to be loaded
+    own: dict,  # state dict of the module it is for
+    what: str,  # beginning of the error, names the file
+) -> None:
     """Raise CheckpointError that lists every missing, unexpected and misshapen key, unless both
     have the same names and shapes.
     """
@@ -669,8 +717,8 @@ def require_same_keys(
 
 # %% ../nbs/13_heads.ipynb #758cd795
 def stage_state(
-    state,  # state dict of a checkpoint
-    stage,  # name of a stage
+    state: dict,  # state dict of a checkpoint
+    stage: str,  # name of a stage
 ):
     """The part of a joint v5 state that belongs to one stage, under the names of a `StageModel`;
     any other state as it is.
@@ -695,10 +743,10 @@ def stage_state(
 
 # %% ../nbs/13_heads.ipynb #5bcd6cd8
 def require_split(
-    content,  # content of a checkpoint
-    split_hash,  # hash of the split of the data; None: any will do
-    path,  # the file, for the error
-):
+    content: dict,  # content of a checkpoint
+    split_hash: str | None,  # hash of the split of the data; None: any will do
+    path: str | Path,  # the file, for the error
+) -> None:
     "Raise CheckpointError unless the checkpoint was trained on the split."
     if split_hash is not None and content.get("split_hash") != split_hash:
         found = (
@@ -713,9 +761,10 @@ def require_split(
 
 # %% ../nbs/13_heads.ipynb #49c59d0a
 def load_weights(
-    model,  # `StageModel` that takes the weights
-    path,  # checkpoint file
-    split_hash=None,  # hash of the split that the checkpoint must have been trained on; None: any
+    model: StageModel,  # `StageModel` that takes the weights
+    path: str | Path,  # checkpoint file
+    # hash of the split that the checkpoint must have been trained on; None: any
+    split_hash: str | None = None,
 ):
     """Load a checkpoint into the model of the same stage and return its content without the
     weights.
@@ -758,9 +807,10 @@ def load_weights(
 
 # %% ../nbs/13_heads.ipynb #e2640702
 def load_backbone(
-    model,  # `StageModel` that takes the backbone
-    path,  # checkpoint of another stage with the same architecture
-    split_hash=None,  # hash of the split that the checkpoint must have been trained on; None: any
+    model: StageModel,  # `StageModel` that takes the backbone
+    path: str | Path,  # checkpoint of another stage with the same architecture
+    # hash of the split that the checkpoint must have been trained on; None: any
+    split_hash: str | None = None,
 ):
     """Load the backbone of a checkpoint, strictly, and leave the head alone; returns the content
     without the weights.
@@ -791,9 +841,9 @@ def load_backbone(
 
 # %% ../nbs/13_heads.ipynb #3d515263
 def checkpoint_prefix(
-    hierarchy,  # a `Hierarchy`, or the name of one
-    stage,  # name of one of its stages
-):
+    hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one
+    stage: str,  # name of one of its stages
+) -> str:
     """Beginning of the file names of a stage, for example `stage1` or `stage3_AB`; members of an
     ensemble add `_1`, `_2`, …
     """
@@ -809,10 +859,10 @@ ARCHITECTURES = {"v6": "v6", "v5": "v5", "flat": "v6", "flat7": "v6"}
 
 
 def model_from_checkpoint(
-    path,  # checkpoint file
-    hierarchy,  # the `Hierarchy` it belongs to, or the name of one
-    stage,  # name of the stage it is for
-    split_hash=None,  # as in `load_weights`
+    path: str | Path,  # checkpoint file
+    hierarchy: Hierarchy | str,  # the `Hierarchy` it belongs to, or the name of one
+    stage: str,  # name of the stage it is for
+    split_hash: str | None = None,  # as in `load_weights`
 ):
     """`(StageModel in eval mode, content without the weights)`: head, width and qindex input are
     read off the file, and so is the architecture where the file says that it belongs to this
@@ -848,13 +898,12 @@ _QUESTIONS = (1, 4, 2, 4, 2)
 
 
 def type_log_probabilities(
-    logits,  # float [..., 13] of a hierarchical head, or [..., 10] of a flat one
-    # bool [..., 10], broadcast to the logits; None: everything is legal. At least one type must be
-    legal=None,
-    # where the logits and the types stand; whole frames are fastest as planes [13, cells] with
-    # `dim=0`
-    dim=-1,
-):
+    logits: torch.Tensor,  # float [..., 13] of a hierarchical head, or [..., 10] of a flat one
+    # bool [..., 10], broadcast to the logits, one type at least; None: all are
+    legal: torch.Tensor | None = None,
+    # where the logits and the types stand; whole frames are fastest as [13, cells] with `dim=0`
+    dim: int = -1,
+) -> torch.Tensor:
     """Log-probabilities of the ten types, float32 [..., 10]; −inf where illegal.
 
     Raises ValueError for another number of logits.
@@ -886,9 +935,9 @@ class JointHead(nn.Module):
 
     def __init__(
         self,
-        channels,  # size → channels of its features, as `JointBackbone.channels`
-        flat=False,  # ten logits instead of thirteen
-        dropout=0.1,  # of channels, before the classifier
+        channels: dict[int, int],  # size → channels of its features, as `JointBackbone.channels`
+        flat: bool = False,  # ten logits instead of thirteen
+        dropout: float = 0.1,  # of channels, before the classifier
     ):
         super().__init__()
         self.flat = flat
@@ -897,7 +946,10 @@ class JointHead(nn.Module):
             for size, n in channels.items()
         })
 
-    def forward(self, features):
+    def forward(
+        self,
+        features: dict[int, torch.Tensor],  # size → float [B,C,H/size,W/size], of `JointBackbone`
+    ) -> torch.Tensor:  # logits [B, cells, 13 or 10], largest size first
         return torch.cat(
             [self.levels[str(size)](features[size]).flatten(2).transpose(1, 2) for size in LEVELS],
             1,
@@ -913,17 +965,21 @@ class JointModel(nn.Module):
 
     def __init__(
         self,
-        flat=False,  # a flat softmax over ten types instead of the hierarchy
+        flat: bool = False,  # a flat softmax over ten types instead of the hierarchy
         **settings,  # of `JointBackbone`
     ):
         super().__init__()
         self.backbone = JointBackbone(**settings)
         self.head = JointHead(self.backbone.channels, flat, self.backbone.dropout)
 
-    def forward(self, x, qindex):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1], H and W multiples of 64
+        qindex: torch.Tensor,  # [B], 0–255
+    ) -> torch.Tensor:  # logits [B, cells, 13 or 10], see `JointHead`
         return self.head(self.backbone(x, qindex))
 
-    def identity(self):
+    def identity(self) -> dict:
         "What this model is, in plain values: belongs into every checkpoint of it."
         return dict(
             stage=self.stage,
@@ -938,10 +994,11 @@ class JointModel(nn.Module):
     @classmethod
     def load(
         cls,
-        path,  # checkpoint file of a `JointModel`
-        split_hash=None,  # hash of the split that it must have been trained on; None: any
-    ):
-        """`(JointModel in eval mode, content without the weights)`.
+        path: str | Path,  # checkpoint file of a `JointModel`
+        # hash of the split that it must have been trained on; None: any
+        split_hash: str | None = None,
+    ) -> tuple["JointModel", dict]:  # in evaluation mode; content without the weights
+        """A trained network.
 
         Raises FileNotFoundError, or CheckpointError for anything else than such a file.
         """

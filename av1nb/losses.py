@@ -9,8 +9,11 @@ __all__ = ['check_labels', 'Loss', 'inverse_frequency_weights', 'effective_numbe
            'CenterLoss', 'Objective', 'TreeLikelihood', 'RegretLikelihood']
 
 # %% ../nbs/14_losses.ipynb #93f5e036
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import nn
 
 from .augment import MixedLabels, check_number
@@ -74,7 +77,7 @@ class Loss(nn.Module):
     def losses(
         self,
         logits: torch.Tensor,  # [B] or [B, 1] if binary, else [B, C]
-        target,  # int64 [B] or `MixedLabels`
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
     ) -> torch.Tensor:  # loss of each sample [B], not reduced
         """Loss of every sample; of a mixed sample the weighted sum of both.
 
@@ -106,7 +109,7 @@ class Loss(nn.Module):
     def forward(
         self,
         logits: torch.Tensor,  # [B] or [B, 1] if binary, else [B, C]
-        target,  # int64 [B] or `MixedLabels`
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
     ) -> torch.Tensor:  # scalar, or [B] with reduction "none"
         "The reduced loss."
         losses = self.losses(logits, target)
@@ -114,7 +117,7 @@ class Loss(nn.Module):
 
 # %% ../nbs/14_losses.ipynb #08dcc325
 def inverse_frequency_weights(
-    counts,  # samples of each class in the training set, [C], all positive
+    counts: ArrayLike,  # samples of each class in the training set, [C], all positive
 ) -> torch.Tensor:  # float32 [C], sum C
     """Weights in inverse proportion to the frequency of the classes.
 
@@ -144,7 +147,7 @@ def _normalised(weights):
 
 # %% ../nbs/14_losses.ipynb #00dc9124
 def effective_number_weights(
-    counts,  # samples of each class in the training set, [C], all positive
+    counts: ArrayLike,  # samples of each class in the training set, [C], all positive
     beta: float = 0.9999,  # from 0 (equal weights) to below 1 (inverse frequency)
 ) -> torch.Tensor:  # float32 [C], sum C
     "Class-balanced weights (Cui et al., 2019). Raises `ValueError` for a class without samples."
@@ -156,7 +159,7 @@ def effective_number_weights(
 # %% ../nbs/14_losses.ipynb #b44a8dd0
 def class_weights(
     name: str,  # what the weights are called in the message
-    weights,  # numbers [C] (list, array or tensor), all positive
+    weights: ArrayLike,  # numbers [C] (list, array or tensor), all positive
 ) -> torch.Tensor:  # float32 [C]
     """Weights as a float32 tensor; raise `ValueError` if they are no list of finite positive
     numbers.
@@ -204,7 +207,7 @@ class CrossEntropy(Loss):
 
     def __init__(
         self,
-        weight=None,  # one positive number a class [C], or None
+        weight: ArrayLike | None = None,  # one positive number a class [C], or None
         smoothing: float = 0.0,  # ε, from 0 to 1
         reduction: str = "mean",  # "mean" over samples, "sum", or "none"
     ):
@@ -271,7 +274,7 @@ class MultiClassFocal(Loss):
         self,
         gamma: float = 2.0,  # focusing exponent, at least 0; 0 is plain cross-entropy
         # one positive number a class [C]; a single number for all classes; or None for 1
-        alpha=None,
+        alpha: float | ArrayLike | None = None,
         reduction: str = "mean",  # "mean" over samples, "sum", or "none"
     ):
         super().__init__(reduction)
@@ -309,7 +312,7 @@ class ClassBalancedFocal(MultiClassFocal):
 
     def __init__(
         self,
-        counts,  # samples of each class in the training set, [C], all positive
+        counts: ArrayLike,  # samples of each class in the training set, [C], all positive
         gamma: float = 2.0,  # focusing exponent, at least 0
         beta: float = 0.9999,  # from 0 (equal weights) to below 1 (inverse frequency)
         reduction: str = "mean",  # "mean" over samples, "sum", or "none"
@@ -333,7 +336,7 @@ class PositiveWeightFocal(BinaryFocal):
 
 # %% ../nbs/14_losses.ipynb #9f8915c1
 def check_criterion(
-    criterion,  # what should be a loss of this module
+    criterion: object,  # what should be a loss of this module
     name: str,  # who asks, for the message
     binary: bool | None = None,  # which kind is needed; None: any
 ) -> Loss:  # the same criterion
@@ -379,7 +382,7 @@ class Mining(Loss):
     def keep(
         self,
         losses: torch.Tensor,  # loss of each sample [B], without gradient
-        target,  # int64 [B] or `MixedLabels`
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
     ) -> torch.Tensor:  # bool [B], at least one true
         "Which samples are learned from."
         raise NotImplementedError(f"{type(self).__name__} does not define keep.")
@@ -387,7 +390,7 @@ class Mining(Loss):
     def losses(
         self,
         logits: torch.Tensor,  # [B] or [B, 1] if binary, else [B, C]
-        target,  # int64 [B] or `MixedLabels`
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
     ) -> torch.Tensor:  # [B], 0 (and no gradient) for samples that are not kept
         "Loss of every sample, 0 where it is not learned from."
         losses = self.criterion.losses(logits, target)
@@ -396,7 +399,7 @@ class Mining(Loss):
     def forward(
         self,
         logits: torch.Tensor,  # [B] or [B, 1] if binary, else [B, C]
-        target,  # int64 [B] or `MixedLabels`
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
     ) -> torch.Tensor:  # scalar, or [B] with reduction "none"
         "The loss of the samples kept."
         losses = self.criterion.losses(logits, target)
@@ -425,7 +428,7 @@ class HardNegativeMining(Mining):
     def keep(
         self,
         losses: torch.Tensor,  # loss of each sample [B], without gradient
-        target,  # int64 [B] or `MixedLabels`
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
     ) -> torch.Tensor:  # bool [B]
         "All positives, and the negatives with the largest losses."
         if isinstance(target, MixedLabels):
@@ -455,16 +458,15 @@ class HardExampleMining(Mining):
     def keep(
         self,
         losses: torch.Tensor,  # loss of each sample [B], without gradient
-        target,  # int64 [B] or `MixedLabels`, not used
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`, not used
     ) -> torch.Tensor:  # bool [B]
         "The samples with the largest losses."
         return rank_descending(losses) < self.fraction * len(losses)
 
 # %% ../nbs/14_losses.ipynb #0192d69f
 def mixed_loss(
-    # criterion(logits, labels) -> loss of each sample [B], for example a torch loss with
-    # reduction="none"
-    criterion,
+    # criterion(logits, labels) → loss of each sample [B], as a torch loss with reduction="none"
+    criterion: Callable,
     logits: torch.Tensor,  # logits of B samples
     target: MixedLabels,  # labels of B mixed samples
 ) -> torch.Tensor:  # scalar
@@ -506,7 +508,7 @@ class CenterLoss(nn.Module):
 
     def membership(
         self,
-        target,  # int64 [B] or `MixedLabels`
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
     ) -> torch.Tensor:  # [B, C], rows sum to 1
         "How much each sample belongs to each class."
         n_classes, dtype = len(self.centers), self.centers.dtype
@@ -536,7 +538,7 @@ class CenterLoss(nn.Module):
     def forward(
         self,
         features: torch.Tensor,  # [B, D]
-        target,  # int64 [B] or `MixedLabels`
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
     ) -> torch.Tensor:  # scalar
         """The loss at the present centres; in training mode they move afterwards.
 
@@ -588,7 +590,7 @@ class Objective(nn.Module):
         # model.head.classify
         model: nn.Module,
         x: torch.Tensor,  # blocks [B, 1, S, S]
-        target,  # int64 [B] or `MixedLabels`
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
         *inputs: torch.Tensor,  # further inputs of the model, such as the qindex
     ) -> tuple[torch.Tensor, torch.Tensor]:  # scalar loss and logits
         """Forward pass and loss.
@@ -621,8 +623,10 @@ class TreeLikelihood(nn.Module):
 
     def __init__(
         self,
-        weights=(1.0, 1.0, 1.0, 1.0),  # of the levels 64, 32, 16, 8; not negative
-        smoothing=0.0,  # share of the likelihood that is spread over the legal types, in [0, 1)
+        # of the levels 64, 32, 16, 8; not negative
+        weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        # share of the likelihood that is spread over the legal types, in [0, 1)
+        smoothing: float = 0.0,
     ):
         super().__init__()
         if len(weights) != len(LEVELS) or min(weights) < 0 or sum(weights) == 0:
@@ -637,16 +641,22 @@ class TreeLikelihood(nn.Module):
                 f"legal{size}", torch.tensor([t in legal_types(size) for t in PartitionType])
             )
 
-    def forward(self, model, x, target, qindex):
+    def forward(
+        self,
+        model: nn.Module,  # a `JointModel`
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1]
+        target: torch.Tensor,  # int64 [B, cells], −1 where nothing is known
+        qindex: torch.Tensor,  # [B], 0–255
+    ):
         logits = model(x, qindex)
         return self.loss(logits, target, *x.shape[2:]), logits
 
     def loss(
         self,
-        logits,  # [B, cells, 13 or 10]
-        target,  # int64 [B, cells]
-        height,  # of the crops in pixels
-        width,
+        logits: torch.Tensor,  # [B, cells, 13 or 10]
+        target: torch.Tensor,  # int64 [B, cells]
+        height: int,  # of the crops in pixels
+        width: int,  # of the crops in pixels
     ):
         "Scalar. Raises ValueError where labels and logits do not belong together."
         if target.shape != logits.shape[:2]:
@@ -675,14 +685,14 @@ class RegretLikelihood(TreeLikelihood):
 
     def __init__(
         self,
-        weights=(1.0, 1.0, 1.0, 1.0),  # of the levels 64, 32, 16, 8; not negative
-        smoothing=0.0,  # of the likelihood, see `TreeLikelihood`
-        likelihood=1.0,  # weight of the likelihood of the coded tree, at least 0
-        soft=1.0,  # weight of the cross-entropy against the costs, at least 0
-        # weight of the expected regret, at least 0; it is counted in units of `temperature`
-        regret=1.0,
+        # of the levels 64, 32, 16, 8; not negative
+        weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        smoothing: float = 0.0,  # of the likelihood, see `TreeLikelihood`
+        likelihood: float = 1.0,  # weight of the likelihood of the coded tree, at least 0
+        soft: float = 1.0,  # weight of the cross-entropy against the costs, at least 0
+        regret: float = 1.0,  # weight of the expected regret, in units of `temperature`, at least 0
         # regret at which a type has 1/e of the best one's share of the target, above 0
-        temperature=0.005,
+        temperature: float = 0.005,
     ):
         super().__init__(weights, smoothing)
         for name, value in (("likelihood", likelihood), ("soft", soft), ("regret", regret)):
@@ -698,17 +708,24 @@ class RegretLikelihood(TreeLikelihood):
             temperature,
         )
 
-    def forward(self, model, x, target, qindex, regrets):
+    def forward(
+        self,
+        model: nn.Module,  # a `JointModel`
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1]
+        target: torch.Tensor,  # int64 [B, cells], −1 where nothing is known
+        qindex: torch.Tensor,  # [B], 0–255
+        regrets: torch.Tensor,  # float [B, cells, 10], NaN where unknown
+    ):
         logits = model(x, qindex)
         total = self.likelihood * self.loss(logits, target, *x.shape[2:]) if self.likelihood else 0
         return total + self.cost(logits, regrets, *x.shape[2:]), logits
 
     def cost(
         self,
-        logits,  # [B, cells, 13 or 10]
-        regrets,  # float [B, cells, 10]
-        height,  # of the crops in pixels
-        width,
+        logits: torch.Tensor,  # [B, cells, 13 or 10]
+        regrets: torch.Tensor,  # float [B, cells, 10]
+        height: int,  # of the crops in pixels
+        width: int,  # of the crops in pixels
     ):
         """The two terms that need costs; a scalar.
 

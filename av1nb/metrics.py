@@ -9,11 +9,13 @@ __all__ = ['LEAST_PROBABILITY', 'checked_labels', 'checked_scores', 'reliability
 
 # %% ../nbs/16_metrics.ipynb #f4dedac9
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 
 from .datasets import versions
 from .heads import to_probabilities
@@ -21,9 +23,9 @@ from .training import save_json
 
 # %% ../nbs/16_metrics.ipynb #8e3bb0a5
 def checked_labels(
-    y,  # class numbers [N]: array, tensor or list
-    n_classes,  # how many classes there are
-    name="y_true",  # what they are called in the message
+    y: ArrayLike,  # class numbers [N]: array, tensor or list
+    n_classes: int,  # how many classes there are
+    name: str = "y_true",  # what they are called in the message
 ) -> np.ndarray:
     """`y` as int64 [N].
 
@@ -48,9 +50,9 @@ def checked_labels(
 
 # %% ../nbs/16_metrics.ipynb #349c9a79
 def checked_scores(
-    scores,  # [N, C] probabilities, or [N] probability of class 1 of two
-    n_blocks,  # N
-    n_classes,  # C
+    scores: ArrayLike,  # [N, C] probabilities, or [N] probability of class 1 of two
+    n_blocks: int,  # N
+    n_classes: int,  # C
 ) -> np.ndarray:
     """`scores` as float64 [N, C].
 
@@ -78,9 +80,9 @@ def checked_scores(
 
 # %% ../nbs/16_metrics.ipynb #96fb3bf4
 def reliability_table(
-    probs,  # [N, C] probabilities, or [N] probability of class 1 of two
-    labels,  # class numbers [N]
-    bins=15,  # bins of equal width over the confidence, from 0 to 1
+    probs: ArrayLike,  # [N, C] probabilities, or [N] probability of class 1 of two
+    labels: ArrayLike,  # class numbers [N]
+    bins: int = 15,  # bins of equal width over the confidence, from 0 to 1
 ) -> pd.DataFrame:
     """One row a bin (low < confidence ≤ high): blocks, mean confidence, accuracy; the means of an
     empty bin are NaN.
@@ -107,9 +109,9 @@ def reliability_table(
 
 # %% ../nbs/16_metrics.ipynb #2c61a57b
 def expected_calibration_error(
-    probs,  # [N, C] probabilities, or [N] probability of class 1 of two
-    labels,  # class numbers [N]
-    bins=15,  # bins of equal width over the confidence
+    probs: ArrayLike,  # [N, C] probabilities, or [N] probability of class 1 of two
+    labels: ArrayLike,  # class numbers [N]
+    bins: int = 15,  # bins of equal width over the confidence
 ) -> float:
     """Expected calibration error, 0 (calibrated) to 1.
 
@@ -123,14 +125,13 @@ def expected_calibration_error(
 
 # %% ../nbs/16_metrics.ipynb #6aee7699
 def classification_report(
-    y_true,  # true class numbers [N]
-    y_pred,  # decided class numbers [N]
-    class_names,  # names of the classes, in the order of their numbers
-    # probabilities [N, C] (or [N] of class 1 of two) for AUC, calibration, Brier score and
-    # log-likelihood
-    scores=None,
-    weights=None,  # weight of each block [N]; None: each counts once
-    bins=15,  # bins of the calibration error
+    y_true: ArrayLike,  # true class numbers [N]
+    y_pred: ArrayLike,  # decided class numbers [N]
+    class_names: Sequence[str],  # names of the classes, in the order of their numbers
+    # probabilities [N, C] (or [N] of class 1 of two), for AUC, calibration and likelihood
+    scores: ArrayLike | None = None,
+    weights: ArrayLike | None = None,  # weight of each block [N]; None: each counts once
+    bins: int = 15,  # bins of the calibration error
 ) -> dict:
     """Everything about one set of decisions, as plain numbers (F1 and the like in 0 … 1).
 
@@ -235,9 +236,9 @@ class Score:
 
 # %% ../nbs/16_metrics.ipynb #a407a56d
 def baselines(
-    y_train,  # class numbers of the training set: what the baselines learn from
-    y_true,  # true class numbers of the set to be judged [N]
-    class_names,  # names of the classes; one that is called NONE adds always-NONE
+    y_train: ArrayLike,  # class numbers of the training set: what the baselines learn from
+    y_true: ArrayLike,  # true class numbers of the set to be judged [N]
+    class_names: Sequence[str],  # names of the classes; one that is called NONE adds always-NONE
 ) -> dict:
     """Reports (as from `classification_report`) of majority, always-NONE (where there is such a
     class) and prior-random, by name.
@@ -263,7 +264,7 @@ def baselines(
 
 # %% ../nbs/16_metrics.ipynb #2f31d4e0
 def as_frame(
-    report,  # from `classification_report`
+    report: dict,  # from `classification_report`
 ) -> pd.DataFrame:
     """The per-class part of a report: one row a class with precision, recall, F1, support (true
     blocks) and predicted (decided blocks).
@@ -273,9 +274,9 @@ def as_frame(
 
 # %% ../nbs/16_metrics.ipynb #26934bfc
 def comparison_frame(
-    name,  # name of the model, for its row
-    report,  # its report
-    baselines,  # reports of the baselines by name
+    name: str,  # name of the model, for its row
+    report: dict,  # its report
+    baselines: dict,  # reports of the baselines by name
 ) -> pd.DataFrame:
     """One row for the model and one for each baseline: accuracy, balanced accuracy, macro-F1,
     weighted F1, AUC, calibration error, blocks.
@@ -287,8 +288,8 @@ def comparison_frame(
 
 # %% ../nbs/16_metrics.ipynb #3f654f61
 def confusion_statistic(
-    confusions,  # confusion matrices [..., K, K], rows true, columns decided
-    name,  # "accuracy", "macro_f1", "weighted_f1" or "balanced_accuracy"
+    confusions: np.ndarray,  # confusion matrices [..., K, K], rows true, columns decided
+    name: str,  # "accuracy", "macro_f1", "weighted_f1" or "balanced_accuracy"
 ) -> np.ndarray:
     """A measure of many confusion matrices at once, [...]; the macro averages run over the classes
     that occur in each matrix.
@@ -368,15 +369,15 @@ def ranked_report(
 
 # %% ../nbs/16_metrics.ipynb #63ce56c2
 def bootstrap_interval(
-    y_true,  # true class numbers [N]
-    y_pred,  # decided class numbers [N]
-    # a measure of `confusion_statistic`, or a function from confusions [n, K, K] to values [n]
-    statistic="macro_f1",
+    y_true: ArrayLike,  # true class numbers [N]
+    y_pred: ArrayLike,  # decided class numbers [N]
+    # a measure of `confusion_statistic`, or a function of confusions [n, K, K]
+    statistic: str | Callable = "macro_f1",
     # sequence of each block [N], any hashable values; None: blocks are drawn one by one
-    groups=None,
-    n=1000,  # resampled test sets
-    seed=42,  # seed of the draws
-    level=0.95,  # share of the resampled values inside the interval
+    groups: ArrayLike | None = None,
+    n: int = 1000,  # resampled test sets
+    seed: int = 42,  # seed of the draws
+    level: float = 0.95,  # share of the resampled values inside the interval
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of a measure; with `groups` a cluster bootstrap
     that draws whole sequences.
@@ -413,8 +414,8 @@ def bootstrap_interval(
 
 # %% ../nbs/16_metrics.ipynb #f3e39248
 def seed_interval(
-    values,  # one value a seed
-    level=0.95,  # confidence of the interval
+    values: ArrayLike,  # one value a seed
+    level: float = 0.95,  # confidence of the interval
 ) -> dict:
     """Mean over seeds with its t interval: mean, low, high, sd, seeds.
 
@@ -439,9 +440,9 @@ def seed_interval(
 
 # %% ../nbs/16_metrics.ipynb #a48b0c32
 def compare_seeds(
-    first,  # values of the first configuration: {seed: value}
-    second,  # values of the second configuration, same seeds
-    level=0.95,  # confidence of the interval
+    first: dict,  # values of the first configuration: {seed: value}
+    second: dict,  # values of the second configuration, same seeds
+    level: float = 0.95,  # confidence of the interval
 ) -> dict:
     """Mean difference second − first over common seeds with its paired t interval: mean, low, high,
     sd, seeds, different, sentence.
@@ -473,10 +474,10 @@ def compare_seeds(
 
 # %% ../nbs/16_metrics.ipynb #52ddbe62
 def over_seeds(
-    runs,  # DataFrame with one row a run
-    by,  # column (or list of columns) that names the configuration
-    value="macro_f1",  # column with the measure
-    level=0.95,  # confidence of the intervals
+    runs: pd.DataFrame,  # one row a run
+    by: str | list[str],  # column (or columns) that names the configuration
+    value: str = "macro_f1",  # column with the measure
+    level: float = 0.95,  # confidence of the intervals
 ) -> pd.DataFrame:
     "Per configuration: mean, low, high, sd, seeds of `value`."
     grouped = runs.groupby(by, sort=False)[value]
@@ -488,10 +489,11 @@ def over_seeds(
 
 # %% ../nbs/16_metrics.ipynb #ded75067
 def verdict(
-    name,  # name of what is judged, such as "stage 1"
-    report,  # its report
-    baselines,  # reports of the baselines by name, at least one
-    interval=None,  # (low, high) of macro-F1, from `bootstrap_interval`
+    name: str,  # name of what is judged, such as "stage 1"
+    report: dict,  # its report
+    baselines: dict,  # reports of the baselines by name, at least one
+    # (low, high) of macro-F1, from `bootstrap_interval`
+    interval: tuple[float, float] | None = None,
 ) -> str:
     "One sentence: macro-F1 against the best baseline, then accuracy against the best baseline."
     if not baselines:

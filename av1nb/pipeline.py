@@ -138,16 +138,12 @@ class Predictions:
         return len(self.types)
 
     @property
-    def reached(
-        self,
-    ) -> dict[str, int]:
+    def reached(self) -> dict[str, int]:
         "Stage → number of blocks that reached it."
         return {stage: int((classes >= 0).sum()) for stage, classes in self.classes.items()}
 
     @property
-    def confidence(
-        self,
-    ) -> np.ndarray:
+    def confidence(self) -> np.ndarray:
         "float64 [N]: product of the probabilities of the decisions on the way to the final type."
         result = np.ones(len(self))
         for stage, classes in self.classes.items():
