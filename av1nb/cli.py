@@ -243,30 +243,28 @@ def label(
         Optional[Path], typer.Option(help="a libaom shared library to use instead of the one found")
     ] = None,
 ):
-    "Write the partition labels of a stream, with its blocks."
+    """Write the partition labels of a stream, with its blocks.
+
+    A tile of an AVIF grid and a layer of a progressive picture are recordings of their own, named
+    <name>_r<row>_c<column> and <name>_l<layer>.
+    """
     from av1nb import recordings, streams
     from av1nb.partitions import PartitionType
 
     library = streams.load_libaom(libaom)
-    name = name or stream.stem
-    recording = recordings.recording_from_frames(
-        out,
-        name,
-        sequence or name,
-        streams.read_trees(stream, libaom=library),
-        sizes=(size,),
-        excel=excel,
-    )
-    typer.echo(
-        f"{len(recording.frames)} frames of {recording.width}×{recording.height}, read with libaom"
-        f" {library.version}, written to {out}"
-    )
-    _, table = recordings.read_recording(out, name, size)
-    counts = table["type"].value_counts().reindex(range(10), fill_value=0)
-    typer.echo(
-        f"{size}×{size} nodes inside the frame: "
-        + ", ".join(f"{PartitionType(t).name} {n}" for t, n in counts.items())
-    )
+    plan = recordings.RecordingPlan(name or stream.stem, sequence or "", (size,), excel)
+    for recording in recordings.label_stream(out, stream, plan, library):
+        typer.echo(
+            f"{recording.name}: {len(recording.frames)} frames of"
+            f" {recording.width}×{recording.height}, read with libaom {library.version}, written to"
+            f" {out}"
+        )
+        _, table = recordings.read_recording(out, recording.name, size)
+        counts = table["type"].value_counts().reindex(range(10), fill_value=0)
+        typer.echo(
+            f"{size}×{size} nodes inside the frame: "
+            + ", ".join(f"{PartitionType(t).name} {n}" for t, n in counts.items())
+        )
 
 # %% ../nbs/28_cli.ipynb #d0bac6fa
 UNTOLD = "the joint network is told the quantiser: add --qindex with a number from 0 to 255"

@@ -275,6 +275,11 @@ def write_partition_log(
             f"{path}: a log holds one frame, but the node table has the frames"
             f" {sorted(nodes['frame'].unique().tolist())}."
         )
+    _write_log(path, nodes)
+
+
+def _write_log(path, nodes):
+    "Write nodes of one frame that were checked already, in their standard order."
     lines = nodes.assign(
         block_code=nodes["size"].map(SQUARE_CODE),
         row_mi=nodes["row"] // MI,
@@ -500,6 +505,11 @@ def write_excel(
         raise ValueError(f"units is {units!r}; it must be 'px' or 'mi'.")
     if units == "mi":
         nodes[["row", "col"]] //= MI
+    _write_workbook(path, nodes)
+
+
+def _write_workbook(path, nodes):
+    "Write nodes of one intra frame that were checked already, in their standard order."
     with atomic_file(path) as temporary:
         sheets = {f"xl/worksheets/sheet{n}.xml": size for n, size in enumerate(EXCEL_SIZES, 1)}
         with ZipFile(temporary, "w") as book:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RecordingError', 'Recording', 'block_files', 'list_recordings', 'find_recording', 'read_frames', 'read_recording',
-           'verify_recording', 'write_recording', 'merge_recordings', 'recording_from_frames', 'import_streams',
-           'import_videos', 'import_logs']
+           'verify_recording', 'RecordingPlan', 'write_recording', 'merge_recordings', 'recording_from_frames',
+           'label_stream', 'import_streams', 'import_videos', 'import_logs']
 
 # %% ../nbs/09_recordings.ipynb #e3352c97
 import os
@@ -15,7 +15,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,8 @@ from av1nb.files import (
     save_json,
     sha256_of_file,
 )
+from .bitstream import contents
+from .libaom import Libaom
 from .streams import read_trees
 from .encoding import QINDEXES, cq_level_of, encode
 from .pictures import probe_video, read_video, read_video_planes, require_ten_bit
@@ -42,13 +44,13 @@ from av1nb.contract import (
     _read_integers,
     _read_log,
     _write_columns,
+    _write_log,
+    _write_workbook,
     ancestry,
     read_ints,
     read_partition_logs,
     require_nodes,
     require_reading,
-    write_excel,
-    write_partition_log,
 )
 from .blocks import BLOCK_SIZES, block_table, extract_blocks, read_blocks
 
@@ -283,8 +285,7 @@ def _first_difference(a, b):
     return int((a != b).reshape(len(a), -1).any(axis=1).argmax())
 
 
-def _verify(recording, folder, pictures_root):
-    "Check the files in `folder`, with the pictures in `pictures_root`."
+def _verify_hashes(recording, folder, pictures_root):
     for relative, digest in recording.files.items():
         of_pictures = relative == _frames_file(recording.pictures)
         path = inside(pictures_root if of_pictures else folder, relative, RecordingError)
@@ -297,6 +298,50 @@ def _verify(recording, folder, pictures_root):
                 f"{path} is not the file that was written with recording {recording.name!r} (its"
                 " SHA-256 differs); write the recording again."
             )
+
+# %% ../nbs/09_recordings.ipynb #5d0c1301
+def _verify_blocks(recording, size, pictures, blocks, table):
+    "Every block holds the pixels of its picture at its place."
+    for k, frame in enumerate(recording.frames):
+        here = (table["frame"] == frame).to_numpy()
+        if not here.any():
+            continue
+        rows, cols = table["row"].to_numpy()[here], table["col"].to_numpy()[here]
+        try:
+            seen, stored = extract_blocks(pictures[k], rows, cols, size), blocks[here]
+        except ValueError as error:
+            raise RecordingError(
+                f"Recording {recording.name!r}, frame {frame}: {error} Write it again."
+            ) from error
+        if not np.array_equal(seen, stored):
+            i = _first_difference(seen, stored)
+            raise RecordingError(
+                f"Recording {recording.name!r}: the {size}×{size} block at frame {frame}, row"
+                f" {rows[i]}, column {cols[i]} does not hold the pixels of its picture; write"
+                " it again."
+            )
+
+
+def _verify_labels(recording, size, logged, table):
+    "Every label and qindex is that of the log at its place."
+    wanted = block_table(logged, size, recording.width, recording.height)
+    if len(wanted) != len(table):
+        raise RecordingError(
+            f"Recording {recording.name!r}: the logs hold {len(wanted)} blocks of"
+            f" {size}×{size}, the labels {len(table)}; write it again."
+        )
+    if not (same := (wanted == table[wanted.columns]).all(axis=1)).all():
+        frame, row, col = table.loc[same.idxmin(), ["frame", "row", "col"]]
+        raise RecordingError(
+            f"Recording {recording.name!r}: the label or qindex of the {size}×{size} block"
+            f" at frame {frame}, row {row}, column {col} is not what the log says; write it"
+            " again."
+        )
+
+
+def _verify(recording, folder, pictures_root):
+    "Check the files in `folder`, with the pictures in `pictures_root`."
+    _verify_hashes(recording, folder, pictures_root)
     pictures = read_frames(pictures_root, recording)
     if pictures.shape != (len(recording.frames), recording.height, recording.width):
         raise RecordingError(
@@ -315,40 +360,11 @@ def _verify(recording, folder, pictures_root):
                 f"Recording {recording.name!r}: a {size}×{size} block is said to be in frame "
                 f"{table['frame'][unknown.idxmax()]}, which does not exist."
             )
-        for k, frame in enumerate(recording.frames):
-            here = (table["frame"] == frame).to_numpy()
-            if not here.any():
-                continue
-            rows, cols = table["row"].to_numpy()[here], table["col"].to_numpy()[here]
-            try:
-                seen, stored = extract_blocks(pictures[k], rows, cols, size), blocks[here]
-            except ValueError as error:
-                raise RecordingError(
-                    f"Recording {recording.name!r}, frame {frame}: {error} Write it again."
-                ) from error
-            if not np.array_equal(seen, stored):
-                i = _first_difference(seen, stored)
-                raise RecordingError(
-                    f"Recording {recording.name!r}: the {size}×{size} block at frame {frame}, row"
-                    f" {rows[i]}, column {cols[i]} does not hold the pixels of its picture; write"
-                    " it again."
-                )
+        _verify_blocks(recording, size, pictures, blocks, table)
         if len(logs):
-            wanted = block_table(logged, size, recording.width, recording.height)
-            if len(wanted) != len(table):
-                raise RecordingError(
-                    f"Recording {recording.name!r}: the logs hold {len(wanted)} blocks of"
-                    f" {size}×{size}, the labels {len(table)}; write it again."
-                )
-            if not (same := (wanted == table[wanted.columns]).all(axis=1)).all():
-                frame, row, col = table.loc[same.idxmin(), ["frame", "row", "col"]]
-                raise RecordingError(
-                    f"Recording {recording.name!r}: the label or qindex of the {size}×{size} block"
-                    f" at frame {frame}, row {row}, column {col} is not what the log says; write it"
-                    " again."
-                )
+            _verify_labels(recording, size, logged, table)
 
-
+# %% ../nbs/09_recordings.ipynb #5d0c1302
 def verify_recording(
     root: str | Path,  # folder of raw data
     name: str,  # recording
@@ -362,6 +378,39 @@ def verify_recording(
     return recording
 
 # %% ../nbs/09_recordings.ipynb #0d67513a
+@dataclass(frozen=True)
+class RecordingPlan:
+    """What a recording is to be called and to hold. It goes down whole to everything that writes,
+    and is checked once, here: raises `ValueError` for a name or a value that cannot be.
+    """
+
+    name: str  # of this encode; a recording of this name is replaced
+    sequence: str = ""  # of the content; empty: the name
+    sizes: Iterable[int] = (16,)  # block sizes to extract: 8, 16, 32, 64; kept largest first
+    excel: bool = True  # write the workbooks
+    logs: bool = True  # write the partition logs
+    reading: str = "coded"  # what the node table holds: "coded" or "searched" nodes
+    source: str = ""  # where pictures and labels come from, in words
+    source_bit_depth: int = 10  # of the pictures before they came onto the 10-bit scale: 8 or 10
+    # the pictures are what this encode decodes to, so that no other recording shares them
+    decoded: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "sequence", self.sequence or self.name)
+        object.__setattr__(self, "sizes", tuple(sorted(set(self.sizes), reverse=True)))
+        require_name("recording", self.name)
+        require_name("sequence", self.sequence)
+        if not self.sizes or set(self.sizes) - set(BLOCK_SIZES):
+            raise ValueError(f"sizes is {list(self.sizes)}; block sizes are 8, 16, 32 and 64.")
+        if self.source_bit_depth not in (8, 10):
+            raise ValueError(f"source_bit_depth is {self.source_bit_depth}; it must be 8 or 10.")
+        require_reading(self.reading)
+
+    @property
+    def pictures(self) -> str:  # name of the file with the pictures
+        return self.name if self.decoded else self.sequence
+
+# %% ../nbs/09_recordings.ipynb #5d0c1305
 def _write_array(path, array):
     with open(path, "wb") as file:  # np.save reports a full disk without saying that it is one
         np.lib.format.write_array_header_1_0(
@@ -415,7 +464,7 @@ def _commit(staging, root, new, old):
         remove_empty(made)
         raise
 
-
+# %% ../nbs/09_recordings.ipynb #5d0c1307
 def _pictures_are_stored(root, name, file_name, pictures, frames):
     """Whether the pictures are there already; raises if other recordings need what is there, and it
     is something else.
@@ -459,92 +508,7 @@ def _pictures_are_stored(root, name, file_name, pictures, frames):
         )
     return True
 
-
-def write_recording(
-    root: str | Path,  # folder of raw data; made if missing
-    name: str,  # of this encode; a recording of this name is replaced
-    sequence: str,  # of the content
-    # pictures, integers 0–1023 [frames, height, width], or [height, width] for one
-    luma: np.ndarray,
-    nodes: pd.DataFrame,  # node table (pixels) of these frames
-    sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
-    excel: bool = True,  # write the workbooks
-    logs: bool = True,  # write the partition logs
-    # display index of each picture, as in the node table; None: 0, 1, 2, …
-    frames: Iterable[int] | None = None,
-    reading: str = "coded",  # what the node table holds: "coded" or "searched" nodes
-    source: str = "",  # where pictures and labels come from, in words
-    source_bit_depth: int = 10,  # of the pictures before they came onto the 10-bit scale: 8 or 10
-    # the pictures are what this encode decodes to, so that no other recording shares them
-    decoded: bool = False,
-) -> Recording:  # its description
-    """Write all files of a recording, verified, or nothing.
-
-    Raises `ValueError` for anything that cannot be, `OSError` for a full disk.
-    """
-    root, sizes = Path(root), tuple(sorted(set(sizes), reverse=True))
-    require_name("recording", name)
-    require_name("sequence", sequence)
-    if not sizes or set(sizes) - set(BLOCK_SIZES):
-        raise ValueError(f"sizes is {list(sizes)}; block sizes are 8, 16, 32 and 64.")
-    if source_bit_depth not in (8, 10):
-        raise ValueError(f"source_bit_depth is {source_bit_depth}; it must be 8 or 10.")
-    pictures, frames = _checked_pictures(name, luma, frames)
-    nodes = _checked_tree(nodes, pictures, frames, reading)
-    before = find_recording(root, name) if (root / _description(name)).exists() else None
-    if before and before.sequence != sequence:
-        raise ValueError(
-            f"{root} has a recording {name!r} of the sequence {before.sequence!r} already; choose"
-            " another name."
-        )
-    file_name = name if decoded else sequence
-    stored = _pictures_are_stored(root, name, file_name, pictures, frames)
-
-    staging, made = root / f".{name}.{uuid.uuid4().hex}.part", []
-    try:
-        made = make_folder(root)
-        files = _stage_files(
-            staging, name, file_name, pictures, frames, nodes, sizes, excel, logs, stored
-        )
-        digests = {path: sha256_of_file(staging / path) for path in files}
-        if stored:
-            digests[_frames_file(file_name)] = sha256_of_file(root / _frames_file(file_name))
-        of_intra = nodes.loc[nodes["frame_type"] == 0, "size"].value_counts()
-        _, height, width = pictures.shape
-        blocks = {size: len(block_table(nodes, size, width, height)) for size in sizes}
-        recording = Recording(
-            name=name,
-            sequence=sequence,
-            width=width,
-            height=height,
-            pictures=file_name,
-            frames=frames,
-            qindexes=tuple(np.unique(nodes["qindex"]).tolist()),
-            reading=reading,
-            blocks=blocks,
-            edge_nodes={size: int(of_intra.get(size, 0)) - count for size, count in blocks.items()},
-            source_bit_depth=source_bit_depth,
-            scale=4 if source_bit_depth == 8 else 1,
-            source=source,
-            files=digests,
-        )
-        _verify(recording, staging, root if stored else staging)
-        save_json(asdict(recording), staging / _description(name))
-        old = {_description(name), *before.files} if before else set()
-        kept = {_frames_file(r.pictures) for r in list_recordings(root) if r.name != name}
-        if stored:
-            kept.add(_frames_file(file_name))
-        _commit(staging, root, [*files, _description(name)], sorted(old - kept))
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        remove_empty(made)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise disk_full(error, f"Recording {name!r} in {root}") from error
-        raise
-    shutil.rmtree(staging)
-    return recording
-
-
+# %% ../nbs/09_recordings.ipynb #5d0c1308
 def _checked_pictures(name, luma, frames):
     pictures = luma[None] if luma.ndim == 2 else luma
     if pictures.ndim != 3:
@@ -562,7 +526,6 @@ def _checked_pictures(name, luma, frames):
 
 
 def _checked_tree(nodes, pictures, frames, reading):
-    require_reading(reading)
     if (said := nodes.attrs.get("reading", reading)) != reading:
         raise ValueError(f"The node table holds {said} nodes, but reading is {reading!r}.")
     _, height, width = pictures.shape
@@ -586,23 +549,97 @@ def _checked_tree(nodes, pictures, frames, reading):
         )
     return nodes
 
-
-def _stage_files(staging, name, file_name, pictures, frames, nodes, sizes, excel, logs, stored):
+# %% ../nbs/09_recordings.ipynb #5d0c1309
+def _stage_files(staging, plan, pictures, frames, nodes, tables, stored):
     "Write every file but the description below `staging`; return their paths relative to it."
-    height, width = pictures.shape[1:]
     if not stored:
         (staging / "frames").mkdir(parents=True)
-        _write_array(staging / _frames_file(file_name), pictures)
+        _write_array(staging / _frames_file(plan.pictures), pictures)
     for frame, of_frame in nodes.groupby("frame"):
-        if logs:
-            write_partition_log(staging / "logs" / name / f"partition_frame_{frame}.txt", of_frame)
-        if excel and of_frame["frame_type"].iloc[0] == 0:
-            write_excel(staging / "excel" / f"{name}-intra-{frame}.xlsx", of_frame)
-    for size in sizes:
-        _write_block_files(
-            staging, name, size, pictures, frames, block_table(nodes, size, width, height)
-        )
+        if plan.logs:
+            _write_log(staging / "logs" / plan.name / f"partition_frame_{frame}.txt", of_frame)
+        if plan.excel and of_frame["frame_type"].iloc[0] == 0:
+            _write_workbook(staging / "excel" / f"{plan.name}-intra-{frame}.xlsx", of_frame)
+    for size, table in tables.items():
+        _write_block_files(staging, plan.name, size, pictures, frames, table)
     return sorted(str(p.relative_to(staging).as_posix()) for p in staging.rglob("*") if p.is_file())
+
+
+def _stage(staging, root, plan, pictures, frames, nodes, stored):
+    """Write and verify everything below `staging`; return the description and the files that are
+    new.
+    """
+    _, height, width = pictures.shape
+    tables = {size: block_table(nodes, size, width, height) for size in plan.sizes}
+    files = _stage_files(staging, plan, pictures, frames, nodes, tables, stored)
+    digests = {path: sha256_of_file(staging / path) for path in files}
+    if stored:
+        shared = _frames_file(plan.pictures)
+        digests[shared] = sha256_of_file(root / shared)
+    of_intra = nodes.loc[nodes["frame_type"] == 0, "size"].value_counts()
+    blocks = {size: len(table) for size, table in tables.items()}
+    recording = Recording(
+        name=plan.name,
+        sequence=plan.sequence,
+        width=width,
+        height=height,
+        pictures=plan.pictures,
+        frames=frames,
+        qindexes=tuple(np.unique(nodes["qindex"]).tolist()),
+        reading=plan.reading,
+        blocks=blocks,
+        edge_nodes={size: int(of_intra.get(size, 0)) - count for size, count in blocks.items()},
+        source_bit_depth=plan.source_bit_depth,
+        scale=4 if plan.source_bit_depth == 8 else 1,
+        source=plan.source,
+        files=digests,
+    )
+    _verify(recording, staging, root if stored else staging)
+    save_json(asdict(recording), staging / _description(plan.name))
+    return recording, [*files, _description(plan.name)]
+
+# %% ../nbs/09_recordings.ipynb #5d0c130a
+def write_recording(
+    root: str | Path,  # folder of raw data; made if missing
+    plan: RecordingPlan,  # what it is called and holds
+    # pictures, integers 0–1023 [frames, height, width], or [height, width] for one
+    luma: np.ndarray,
+    nodes: pd.DataFrame,  # node table (pixels) of these frames
+    # display index of each picture, as in the node table; None: 0, 1, 2, …
+    frames: Iterable[int] | None = None,
+) -> Recording:  # its description
+    """Write all files of a recording, verified, or nothing.
+
+    Raises `ValueError` for anything that cannot be, `OSError` for a full disk.
+    """
+    root = Path(root)
+    pictures, frames = _checked_pictures(plan.name, luma, frames)
+    nodes = _checked_tree(nodes, pictures, frames, plan.reading)
+    known = (root / _description(plan.name)).exists()
+    before = find_recording(root, plan.name) if known else None
+    if before and before.sequence != plan.sequence:
+        raise ValueError(
+            f"{root} has a recording {plan.name!r} of the sequence {before.sequence!r} already;"
+            " choose another name."
+        )
+    stored = _pictures_are_stored(root, plan.name, plan.pictures, pictures, frames)
+    staging, made = root / f".{plan.name}.{uuid.uuid4().hex}.part", []
+    try:
+        made = make_folder(root)
+        recording, new = _stage(staging, root, plan, pictures, frames, nodes, stored)
+        old = {_description(plan.name), *before.files} if before else set()
+        kept = {_frames_file(r.pictures) for r in list_recordings(root) if r.name != plan.name}
+        if stored:
+            kept.add(_frames_file(plan.pictures))
+        _commit(staging, root, new, sorted(old - kept))
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        remove_empty(made)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise disk_full(error, f"Recording {plan.name!r} in {root}") from error
+        raise
+    shutil.rmtree(staging)
+    return recording
 
 # %% ../nbs/09_recordings.ipynb #62b9c2db
 def merge_recordings(
@@ -649,7 +686,7 @@ def merge_recordings(
         _write_merged(Path(out), chosen[0].sequence, size, blocks, table)
     return blocks, table
 
-
+# %% ../nbs/09_recordings.ipynb #5d0c1315
 def _write_merged(out, sequence, size, blocks, table):
     if (out / _description(sequence)).exists():
         raise ValueError(
@@ -677,98 +714,90 @@ def _write_merged(out, sequence, size, blocks, table):
         raise
     shutil.rmtree(staging)
 
+# %% ../nbs/09_recordings.ipynb #5d0c130b
+def _picture_of(where, frame, pictures, shape):
+    """Luma of one decoded frame on the 10-bit scale, or its source's; `shape` is that of the frames
+    before, None for the first.
+    """
+    if frame.bit_depth not in (8, 10):
+        raise ValueError(
+            f"{where} has {frame.bit_depth} bits a sample; only 8 and 10 are supported."
+        )
+    if pictures is None and frame.luma is None:
+        raise ValueError(
+            f"{where} was read without luma; read the stream with luma=True, or give the pictures."
+        )
+    if pictures is not None and frame.index >= len(pictures):
+        raise ValueError(f"{where}: there are only {len(pictures)} pictures.")
+    luma = np.asarray(frame.luma if pictures is None else pictures[frame.index])
+    if pictures is None and frame.bit_depth == 8:
+        luma = luma.astype(np.uint16) * 4
+    if pictures is not None and luma.shape != (frame.height, frame.width):
+        raise ValueError(
+            f"{where} is {frame.width}×{frame.height}, but its picture is"
+            f" {luma.shape[1]}×{luma.shape[0]}."
+        )
+    if shape is not None and luma.shape != shape:
+        raise ValueError(
+            f"{where} is {luma.shape[1]}×{luma.shape[0]} after frames of {shape[1]}×{shape[0]};"
+            " label each size as its own recording."
+        )
+    return luma
+
 # %% ../nbs/09_recordings.ipynb #2ece8e28
 def recording_from_frames(
     root: str | Path,  # folder of raw data; made if missing
-    name: str,  # of this encode
-    sequence: str,  # of the content
+    # what it is called and holds; whether its pictures are decoded ones follows from `pictures`,
+    # and if they are, so does their bit depth
+    plan: RecordingPlan,
     # objects with index, luma (uint16 [height, width]), bit_depth and nodes(min_size), as
     # `read_trees` yields them
     frames: Iterable,
-    sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
-    excel: bool = True,  # write the workbooks
-    logs: bool = True,  # write the partition logs
-    source: str = "",  # where the stream comes from, in words
     min_size: int = 8,  # smallest nodes to list, pixels
     # source luma, integers 0–1023 [frames, height, width], by display index; None: the decoded luma
     pictures: np.ndarray | None = None,
-    # of the source pictures before they came onto the 10-bit scale: 8 or 10
-    source_bit_depth: int = 10,
 ) -> Recording:  # its description
     """Write a recording of coded nodes from decoded frames.
 
     Raises `ValueError` for frames of several sizes, without luma, or of more than 10 bits.
     """
-    found, tables, depths, left_out = {}, [], set(), 0
+    found, tables, depths, left_out, shape = {}, [], set(), 0, None
     for frame in frames:
         nodes = frame.nodes(min_size)
         if frame.index < 0 or len(nodes) == 0:
             left_out += 1
             continue
-        where = f"Recording {name!r}, frame {frame.index}"
+        where = f"Recording {plan.name!r}, frame {frame.index}"
         if frame.index in found:
             raise ValueError(f"{where}: two frames have this display index.")
-        if frame.bit_depth not in (8, 10):
-            raise ValueError(
-                f"{where} has {frame.bit_depth} bits a sample; only 8 and 10 are supported."
-            )
-        if pictures is None and frame.luma is None:
-            raise ValueError(
-                f"{where} was read without luma; read the stream with luma=True, or give the"
-                " pictures."
-            )
-        if pictures is not None and frame.index >= len(pictures):
-            raise ValueError(f"{where}: there are only {len(pictures)} pictures.")
-        luma = np.asarray(frame.luma if pictures is None else pictures[frame.index])
-        if pictures is None and frame.bit_depth == 8:
-            luma = luma.astype(np.uint16) * 4
-        if pictures is not None and luma.shape != (frame.height, frame.width):
-            raise ValueError(
-                f"{where} is {frame.width}×{frame.height}, but its picture is"
-                f" {luma.shape[1]}×{luma.shape[0]}."
-            )
-        if found and luma.shape != (shape := next(iter(found.values())).shape):
-            raise ValueError(
-                f"{where} is {luma.shape[1]}×{luma.shape[0]} after frames of {shape[1]}×{shape[0]};"
-                " label each size as its own recording."
-            )
-        found[frame.index] = luma
+        found[frame.index] = luma = _picture_of(where, frame, pictures, shape)
+        shape = luma.shape
         depths.add(frame.bit_depth)
         tables.append(nodes)
     if not found:
-        raise ValueError(f"Recording {name!r}: the stream holds no frame with a partition tree.")
+        raise ValueError(
+            f"Recording {plan.name!r}: the stream holds no frame with a partition tree."
+        )
     if left_out:
         warnings.warn(
-            f"Recording {name!r}: {left_out} frames that are shown again or never are left out;"
-            f" {len(found)} are kept.",
+            f"Recording {plan.name!r}: {left_out} frames that are shown again or never are left"
+            f" out; {len(found)} are kept.",
             stacklevel=2,
         )
     if len(depths) > 1:
         raise ValueError(
-            f"Recording {name!r}: the frames have {' and '.join(map(str, sorted(depths)))} bits a"
-            " sample; label each kind as its own recording."
+            f"Recording {plan.name!r}: the frames have {' and '.join(map(str, sorted(depths)))}"
+            " bits a sample; label each kind as its own recording."
         )
     order = sorted(found)
+    depth = depths.pop() if pictures is None else plan.source_bit_depth
+    plan = replace(plan, decoded=pictures is None, source_bit_depth=depth, reading="coded")
     luma, nodes = np.stack([found[n] for n in order]), pd.concat(tables, ignore_index=True)
-    return write_recording(
-        root,
-        name,
-        sequence,
-        luma,
-        nodes,
-        sizes,
-        excel,
-        logs,
-        frames=order,
-        reading="coded",
-        source=source,
-        source_bit_depth=depths.pop() if pictures is None else source_bit_depth,
-        decoded=pictures is None,
-    )
+    return write_recording(root, plan, luma, nodes, order)
 
 # %% ../nbs/09_recordings.ipynb #3d41f4db
-def _named(inputs, sequences, suffix_of=lambda path: path.stem):
-    "Pairs of path, name and sequence; names must differ."
+def _plans(inputs, sequences, sizes, excel, name_of=lambda path: path.stem):
+    "Path and plan of each input; names must differ."
     paths = [Path(p) for p in inputs]
     if not paths:
         raise ValueError("There is nothing to import: inputs is empty.")
@@ -777,15 +806,16 @@ def _named(inputs, sequences, suffix_of=lambda path: path.stem):
             f"There are {len(paths)} inputs, but {len(sequences)} sequence names; give one for"
             " each, or none."
         )
-    names = [require_name("recording", suffix_of(path)) for path in paths]
+    names = [require_name("recording", name_of(path)) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(
             f"Two inputs are named {max(names, key=names.count)!r}; rename one, because recordings"
             " are named after them."
         )
+    sizes, sequences = tuple(sizes), sequences or [""] * len(paths)
     return [
-        (path, name, sequence or name)
-        for path, name, sequence in zip(paths, names, sequences or [None] * len(paths))
+        (path, RecordingPlan(name, sequence, sizes, excel))
+        for path, name, sequence in zip(paths, names, sequences)
     ]
 
 
@@ -794,7 +824,33 @@ def _progress(items, what, total=None):
 
     return tqdm(items, desc=what, total=total, file=sys.stdout, ascii=True)
 
+# %% ../nbs/09_recordings.ipynb #5d0c1312
+def label_stream(
+    root: str | Path,  # folder of raw data; made if missing
+    path: str | Path,  # AV1 stream: IVF, OBU, WebM, Matroska, MP4 or AVIF
+    # what the recording is called and holds; the name of a part is added to its name
+    plan: RecordingPlan,
+    libaom: Libaom | None = None,  # library; None loads the default one
+) -> list[Recording]:  # one, or one for each tile or layer of an AVIF picture
+    """Label one stream.
 
+    The pixels are the decoder's. All parts are read before anything is written. Raises as
+    `read_trees` and `recording_from_frames` do.
+    """
+    path, found = Path(path), contents(path)
+    if found.left_out:
+        warnings.warn(f"{path}: left out: {', '.join(found.left_out)}.", stacklevel=2)
+    streams = [read_trees(path, libaom, part=part.name) for part in found.parts]
+    if len(streams) > 1:
+        streams = [list(frames) for frames in streams]
+    plan = replace(plan, source=plan.source or f"stream {path.name}")
+    recordings = []
+    for part, frames in zip(found.parts, streams):
+        named = replace(plan, name=f"{plan.name}_{part.name}") if part.name else plan
+        recordings.append(recording_from_frames(root, named, frames))
+    return recordings
+
+# %% ../nbs/09_recordings.ipynb #5d0c1313
 def import_streams(
     root: str | Path,  # folder of raw data; made if missing
     inputs: Iterable,  # AV1 streams: IVF, OBU, WebM, Matroska, MP4 or AVIF
@@ -802,22 +858,15 @@ def import_streams(
     sequences: Iterable[str] = (),
     sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
     excel: bool = True,  # write the workbooks
-) -> list[Recording]:  # one for each stream, named after its file
+) -> list[Recording]:  # of each stream, named after its file; see `label_stream`
     """Label streams.
 
-    The pixels are the decoder's. Raises as `read_trees` and `recording_from_frames` do.
+    The pixels are the decoder's. Raises as `label_stream` does.
     """
     return [
-        recording_from_frames(
-            root,
-            name,
-            sequence,
-            read_trees(path),
-            tuple(sizes),
-            excel,
-            source=f"stream {path.name}",
-        )
-        for path, name, sequence in _progress(_named(inputs, list(sequences)), "streams")
+        recording
+        for path, plan in _progress(_plans(inputs, list(sequences), sizes, excel), "streams")
+        for recording in label_stream(root, path, plan)
     ]
 
 # %% ../nbs/09_recordings.ipynb #f63eb0d2
@@ -838,12 +887,12 @@ def import_videos(
     The pixels are the source's. Raises as the functions it calls do.
     """
     levels = {q: cq_level_of(q) for q in qindexes}
-    recordings, named = [], _named(inputs, list(sequences))
-    with _progress(None, "videos", total=len(named) * len(levels)) as progress:
-        for path, name, sequence in named:
+    recordings, plans = [], _plans(inputs, list(sequences), sizes, excel)
+    with _progress(None, "videos", total=len(plans) * len(levels)) as progress:
+        for path, plan in plans:
             info, planes = probe_video(path, width, height), read_video_planes(path, width, height)
             for q, cq_level in levels.items():
-                stream = Path(root) / "streams" / f"{name}_q{q:03}.ivf"
+                stream = Path(root) / "streams" / f"{plan.name}_q{q:03}.ivf"
                 encode(
                     zip(*planes),
                     stream,
@@ -851,21 +900,14 @@ def import_videos(
                     cpu_used=cpu_used,
                     fps=info.fps or (30, 1),
                 )
-                recordings.append(
-                    recording_from_frames(
-                        root,
-                        stream.stem,
-                        sequence,
-                        read_trees(stream, luma=False),
-                        tuple(sizes),
-                        excel,
-                        pictures=planes[0],
-                        source_bit_depth=info.bit_depth,
-                        source=(
-                            f"{path.name}, encoded with cq-level {cq_level}, cpu-used {cpu_used}"
-                        ),
-                    )
+                at_q = replace(
+                    plan,
+                    name=stream.stem,
+                    source_bit_depth=info.bit_depth,
+                    source=f"{path.name}, encoded with cq-level {cq_level}, cpu-used {cpu_used}",
                 )
+                frames = read_trees(stream, luma=False)
+                recordings.append(recording_from_frames(root, at_q, frames, pictures=planes[0]))
                 progress.update()
     return recordings
 
@@ -885,34 +927,23 @@ def import_logs(
 
     Raises as the functions it calls do.
     """
-    named, videos, recordings = (
-        _named(inputs, list(sequences), lambda path: path.name),
-        list(videos),
-        [],
-    )
-    if len(videos) != len(named):
+    plans = _plans(inputs, list(sequences), sizes, excel, lambda path: path.name)
+    videos, recordings = list(videos), []
+    if len(videos) != len(plans):
         raise ValueError(
-            f"There are {len(named)} folders with logs, but {len(videos)} videos; give one for"
+            f"There are {len(plans)} folders with logs, but {len(videos)} videos; give one for"
             " each."
         )
-    for (folder, name, sequence), video in _progress(list(zip(named, videos)), "logs"):
+    for (folder, plan), video in _progress(list(zip(plans, videos)), "logs"):
         info = probe_video(video, width, height)
         nodes = read_partition_logs(folder, reading, width=info.width, height=info.height)
         frames = sorted(set(nodes["frame"].tolist()))
         luma = read_video(video, width, height, frames)
-        recordings.append(
-            write_recording(
-                root,
-                name,
-                sequence,
-                luma,
-                nodes,
-                tuple(sizes),
-                excel,
-                frames=frames,
-                reading=reading,
-                source=f"logs {folder.name}, video {Path(video).name}",
-                source_bit_depth=info.bit_depth,
-            )
+        plan = replace(
+            plan,
+            reading=reading,
+            source=f"logs {folder.name}, video {Path(video).name}",
+            source_bit_depth=info.bit_depth,
         )
+        recordings.append(write_recording(root, plan, luma, nodes, frames))
     return recordings

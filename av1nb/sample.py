@@ -28,7 +28,7 @@ from PIL import Image
 
 from .partitions import PartitionType, is_inside, mi_arrays
 from .contract import read_partition_logs, write_partition_log
-from .recordings import Recording, write_recording
+from .recordings import Recording, RecordingPlan, write_recording
 from av1nb.files import (
     inside,
     markdown_table,
@@ -597,13 +597,15 @@ def write_sample_raw(
     return [
         write_recording(
             raw_root,
-            _recording_name(p.name, qindex),
-            p.name,
+            RecordingPlan(
+                _recording_name(p.name, qindex),
+                p.name,
+                sizes=tuple(sizes),
+                excel=excel,
+                source=f"{p.title}. {p.author}. {p.licence}. {p.source}",
+            ),
             p.luma,
             nodes,
-            sizes=tuple(sizes),
-            excel=excel,
-            source=f"{p.title}. {p.author}. {p.licence}. {p.source}",
         )
         for p in pictures
         for qindex, nodes in sorted(p.nodes.items())

@@ -22,7 +22,9 @@ from av1nb.bitstream import (
     split_obus,
 )
 from av1nb.encoding import encode, synthetic_picture
+from av1nb.recordings import RecordingPlan, label_stream, list_recordings, read_frames
 from av1nb.streams import read_trees
+from conftest import av1nb
 
 
 def box(kind, *content):
@@ -370,3 +372,39 @@ def test_any_damage_ends_in_a_sentence(tiles, tmp_path):
             assert str(path) in str(error)
             outcomes.add("refused")
     assert outcomes == {"read", "refused"}
+
+
+def test_label_writes_tiles_and_layers_as_recordings(tiles, tmp_path, recwarn):
+    items = [(1, "grid", [grid(1, 2, 192, 64)], [full("ispe", struct.pack(">II", 192, 64))], 1)]
+    items += [
+        (2 + n, "av01", [item_data(packet)], owned(packet, 96, 64), 0)
+        for n, (packet, _) in enumerate(tiles[:3])
+    ]
+    (tmp_path / "photo.avif").write_bytes(avif(items, 1, [("dimg", 1, [2, 3]), ("thmb", 4, [1])]))
+    plan = RecordingPlan("photo", sizes=(8, 16), excel=False)
+    found = label_stream(tmp_path / "raw", tmp_path / "photo.avif", plan)
+    assert [(r.name, r.sequence) for r in found] == [
+        ("photo_r0_c0", "photo"),
+        ("photo_r0_c1", "photo"),
+    ]
+    assert [str(w.message) for w in recwarn] == [
+        f"{tmp_path / 'photo.avif'}: left out: a thumbnail."
+    ]
+    for recording, (_, expected) in zip(found, tiles):
+        (picture,) = read_frames(tmp_path / "raw", recording)
+        assert np.array_equal(picture, expected)
+    unit = layered(smaller=True)
+    (tmp_path / "steps.avif").write_bytes(avif([plain(unit, width=200, height=120)]))
+    av1nb("label", tmp_path / "steps.avif", "--out", tmp_path / "raw", "--size", 8)
+    sizes = [
+        (r.name, r.width, r.height)
+        for r in list_recordings(tmp_path / "raw")
+        if r.sequence == "steps"
+    ]
+    assert sizes == [("steps_l0", 150, 90), ("steps_l1", 200, 120)]
+    # the second tile is damaged: nothing at all is written
+    items[2] = (3, "av01", [item_data(tiles[1][0])[:-40]], items[2][3], 0)
+    (tmp_path / "bad.avif").write_bytes(avif(items[:3], 1, [("dimg", 1, [2, 3])]))
+    with pytest.raises(StreamError, match="bad.avif"):
+        label_stream(tmp_path / "bad", tmp_path / "bad.avif", plan)
+    assert not (tmp_path / "bad").exists()

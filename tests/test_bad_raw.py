@@ -70,7 +70,9 @@ def import_clip(clip, root):
     "Logs and video → recording: the whole way that raw data takes."
     luma = read_pictures(clip / "clip.yuv", None, WIDTH, HEIGHT).luma
     nodes = contract.read_partition_logs(clip, width=WIDTH, height=HEIGHT)
-    return recordings.write_recording(root, "clip_q80", "clip", luma, nodes, sizes=(8, 16, 32))
+    return recordings.write_recording(
+        root, recordings.RecordingPlan("clip_q80", "clip", sizes=(8, 16, 32)), luma, nodes
+    )
 
 
 def refused(clip, *words, error=ValueError):
@@ -170,7 +172,9 @@ def test_log_whose_first_rows_are_missing_still_matches_its_pixels(clip, tmp_pat
     log = tmp_path / "tall" / "partition_frame_0.txt"
     contract.write_partition_log(log, tree[tree["row"] >= HEIGHT])
     nodes = contract.read_partition_logs(log.parent, width=WIDTH, height=2 * HEIGHT)
-    recordings.write_recording(tmp_path / "raw", "tall", "tall", tall[0], nodes, sizes=(8, 16))
+    recordings.write_recording(
+        tmp_path / "raw", recordings.RecordingPlan("tall", sizes=(8, 16)), tall[0], nodes
+    )
     blocks, table = recordings.read_recording(tmp_path / "raw", "tall", 8)
     assert len(table) and table["row"].min() >= HEIGHT
     for block, r, c in zip(blocks, table["row"], table["col"]):
@@ -306,7 +310,10 @@ def test_full_disk_leaves_an_older_recording_whole(clip, tmp_path, pictures, nod
     for limit in (0, 300, 1000, 3000):
         with disk_of(limit), pytest.raises(OSError, match="could not be written"):
             recordings.write_recording(
-                root, "clip_q80", "clip", pictures, nodes.assign(qindex=99), sizes=(8, 16, 32)
+                root,
+                recordings.RecordingPlan("clip_q80", "clip", sizes=(8, 16, 32)),
+                pictures,
+                nodes.assign(qindex=99),
             )
         assert snapshot(root) == before
     recordings.verify_recording(root, "clip_q80")
@@ -329,7 +336,10 @@ def test_failing_move_leaves_everything_as_it_was(
     monkeypatch.setattr(os, "replace", failing)
     try:
         recordings.write_recording(
-            root, "clip_q80", "clip", pictures, nodes.assign(qindex=99), sizes=(8, 16, 32)
+            root,
+            recordings.RecordingPlan("clip_q80", "clip", sizes=(8, 16, 32)),
+            pictures,
+            nodes.assign(qindex=99),
         )
     except OSError:
         assert snapshot(root) == before

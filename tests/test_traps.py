@@ -535,7 +535,9 @@ def test_trap_04_labels_matched_by_column_only(tmp_path, picture):
     lines = log.read_text().splitlines()
     log.write_text("\n".join(np.random.default_rng(0).permutation(lines)) + "\n")
     nodes = contract.read_partition_logs(log.parent, width=luma.shape[1], height=luma.shape[0])
-    recordings.write_recording(tmp_path / "raw", "one", "one", luma, nodes, sizes=(8, 16))
+    recordings.write_recording(
+        tmp_path / "raw", recordings.RecordingPlan("one", sizes=(8, 16)), luma, nodes
+    )
     truth = tree.set_index(["size", "row", "col"])["type"]
     for size in (8, 16):
         blocks, table = recordings.read_recording(tmp_path / "raw", "one", size)
@@ -628,7 +630,10 @@ def test_trap_06_only_the_last_frame_survives(tmp_path):
         for n in range(4)
     ]
     recordings.write_recording(
-        tmp_path, "clip_q080", "clip", luma, pd.concat(trees, ignore_index=True), sizes=(8, 16, 32)
+        tmp_path,
+        recordings.RecordingPlan("clip_q080", "clip", sizes=(8, 16, 32)),
+        luma,
+        pd.concat(trees, ignore_index=True),
     )
     for size in (8, 16, 32):
         blocks, table = recordings.read_recording(tmp_path, "clip_q080", size)
@@ -656,7 +661,10 @@ def test_trap_06_only_the_last_frame_survives(tmp_path):
     )
 
     recordings.write_recording(
-        tmp_path, "clip_q172", "clip", luma, pd.concat(trees, ignore_index=True).assign(qindex=172)
+        tmp_path,
+        recordings.RecordingPlan("clip_q172", "clip"),
+        luma,
+        pd.concat(trees, ignore_index=True).assign(qindex=172),
     )
     # a second encode does not replace the first
     assert [r.name for r in recordings.list_recordings(tmp_path)] == ["clip_q080", "clip_q172"]
@@ -691,7 +699,10 @@ def test_trap_07_quantiser_of_each_block(tmp_path):
             .equals(truth.sort_index())
         )
     recordings.write_recording(
-        tmp_path / "raw", "one", "one", np.zeros((64, 128), np.uint16), tree, sizes=(8, 16)
+        tmp_path / "raw",
+        recordings.RecordingPlan("one", sizes=(8, 16)),
+        np.zeros((64, 128), np.uint16),
+        tree,
     )
     for size in (8, 16):
         _, table = recordings.read_recording(tmp_path / "raw", "one", size)
@@ -732,7 +743,7 @@ def test_trap_07_quantiser_of_a_stream(tmp_path):
         encoding.encode(luma, tmp_path / "one.ivf", cq_level=cq_level, cpu_used=6, monochrome=True)
         frames, name = streams.read_trees(tmp_path / "one.ivf"), f"one_{qindex}"
         recording = recordings.recording_from_frames(
-            tmp_path / "raw", name, name, frames, sizes=(8, 16)
+            tmp_path / "raw", recordings.RecordingPlan(name, sizes=(8, 16)), frames
         )
         assert recording.qindexes == (qindex,)
 
