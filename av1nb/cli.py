@@ -528,12 +528,6 @@ def _check_package(name):
     return True, getattr(module, "__version__", "")
 
 
-def _check_torchvision():
-    from av1nb.backbones import import_torchvision
-
-    return True, import_torchvision().__version__
-
-
 def _check_libaom():
     from av1nb import streams
 
@@ -596,7 +590,6 @@ PARTS = (
             "numba",
         )
     ),
-    ("torchvision", _check_torchvision, True, "the v6 backbone", "make install"),
     (
         "libaom",
         _check_libaom,
