@@ -405,6 +405,48 @@ def evaluate(
     )
     typer.echo(f"\nWritten to {out} and {out.with_suffix('.png')}")
 
+# %% ../nbs/28_cli.ipynb #7e2c154c
+def _what_was_saved(ours, stock, loading):
+    "Table of an encode with masks and, unless None, one without; and sentences about their time."
+    import pandas as pd
+
+    table = pd.DataFrame({
+        name: {
+            "bytes": r.bytes,
+            "PSNR-Y": f"{r.psnr:.3f}",
+            "SSIM": f"{r.ssim:.5f}",
+            "encoder, CPU s": f"{r.user:.2f}",
+            "prediction, CPU s": f"{r.prediction:.3f}",
+        }
+        for name, r in {"predicted": ours, "stock": stock}.items()
+        if r is not None
+    }).T
+    said = [table.to_string()]
+    if stock:
+        said.append(
+            f"{1 - ours.total / stock.user:.1%} of the stock encoder's time saved, prediction"
+            f" included; {ours.bytes / stock.bytes - 1:+.2%} bytes,"
+            f" {ours.psnr - stock.psnr:+.3f} dB"
+        )
+    said.append(
+        f"{ours.total:.2f} s without loading, {ours.total + loading:.2f} s with it: PyTorch, the"
+        f" network and the first frame's preparation took {loading:.2f} s, once for a film of any"
+        " length"
+    )
+    return "\n".join(said)
+
+
+def _over_quantisers(pairs, levels):
+    "BD-rate and time of encodes with masks against those without, pairs (with, without)."
+    from av1nb.tradeoff import bd_rate
+
+    lost = bd_rate([stock for _, stock in pairs], [ours for ours, _ in pairs])
+    time = sum(ours.total for ours, _ in pairs) / sum(stock.user for _, stock in pairs)
+    return (
+        f"BD-rate {lost:+.2f} % over cq levels {', '.join(map(str, levels))}, in {time:.2f} of the"
+        " stock time"
+    )
+
 # %% ../nbs/28_cli.ipynb #9568b913
 @command
 def encode(
@@ -453,66 +495,37 @@ def encode(
     ] = False,
 ):
     "Encode a video all intra with predicted partitions, faster, within a BD-rate budget."
-    import pandas as pd
-    from av1nb import encoding, joint, steering
+    from av1nb import encoding, joint, pictures, steering
 
     policy, share, loss = steering.policy_for(budget, cpu_used, policies)
-    library = steering.load_encoder()
-    planes = steering.read_planes(video, frames, width, height)
     predictor = joint.JointPredictor.load(weights or steering.shipped_weights())
-    lumas = [luma for luma, _, _ in planes]
+    loading = time.process_time()  # since the process began, so with PyTorch's import
+    library = steering.load_encoder()
+    film = pictures.read_pictures(video, frames or None, width, height)
     typer.echo(
-        f"{len(planes)} frame{'s' * (len(planes) != 1)} of {lumas[0].shape[1]}×{lumas[0].shape[0]};"
-        f" policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation pictures"
+        f"{film}; policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation"
+        " pictures"
     )
+    loading += predictor.warm_up(film.width, film.height, encoding.qindex_of(cq_level))
 
-    def both(level, path=None):
-        masks, seconds = steering.predict_masks(predictor, lumas, encoding.qindex_of(level), policy)
-        return (
-            steering.encode_masked(
-                planes,
-                masks,
-                cq_level=level,
-                cpu_used=cpu_used,
-                prediction=seconds,
-                path=path,
-                encoder=library,
-            ),
-            (
-                steering.encode_masked(planes, cq_level=level, cpu_used=cpu_used, encoder=library)
-                if compare or all_quantisers
-                else None
-            ),
+    def both(cq_level, path=None):
+        return steering.encode_predicted(
+            film.planes,
+            predictor,
+            policy,
+            cq_level=cq_level,
+            cpu_used=cpu_used,
+            compare=compare or all_quantisers,
+            path=path,
+            encoder=library,
         )
 
     ours, stock = both(cq_level, out)
-    rows = {"predicted": ours} | ({"stock": stock} if stock else {})
-    typer.echo(
-        pd.DataFrame({
-            name: {
-                "bytes": r.bytes,
-                "PSNR-Y": round(r.psnr, 3),
-                "SSIM": round(r.ssim, 5),
-                "encoder, CPU s": round(r.user, 2),
-                "prediction, CPU s": round(r.prediction, 2),
-            }
-            for name, r in rows.items()
-        }).T.to_string()
-    )
-    if stock:
-        typer.echo(
-            f"{1 - ours.total / stock.user:.1%} of the stock encoder's time saved, prediction"
-            f" included; {ours.bytes / stock.bytes - 1:+.2%} bytes,"
-            f" {ours.psnr - stock.psnr:+.3f} dB"
-        )
+    typer.echo(_what_was_saved(ours, stock, loading))
     if all_quantisers:
-        pairs = [(ours, stock) if level == cq_level else both(level) for level in (20, 32, 43, 55)]
-        typer.echo(
-            f"BD-rate {steering.bd_rate([s for _, s in pairs], [o for o, _ in pairs]):+.2f} % over"
-            " cq levels 20, 32, 43, 55, in"
-            f" {sum(o.total for o, _ in pairs) / sum(s.user for _, s in pairs):.2f} of the stock"
-            " time"
-        )
+        levels = [encoding.cq_level_of(qindex) for qindex in encoding.QINDEXES]
+        pairs = [(ours, stock) if level == cq_level else both(level) for level in levels]
+        typer.echo(_over_quantisers(pairs, levels))
     typer.echo(f"Written to {out}")
 
 # %% ../nbs/28_cli.ipynb #1206fd13

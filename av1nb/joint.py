@@ -259,6 +259,7 @@ class JointPredictor:
         )
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
         self._ready, self._places = {}, (None, None, None)
+        self._warm = set()  # (width, height, qindex) of frames that were predicted
 
     @classmethod
     def load(
@@ -352,6 +353,7 @@ class JointPredictor:
             )
             luma = luma.astype(np.uint16) << 2
         out, places = self._cells(luma, qindex)
+        self._warm.add((*luma.shape[::-1], int(qindex)))
         legal, outside = self._legal(*luma.shape[::-1])
         # one plane a logit, all levels in one pass
         planes = out.t().to(torch.float32, memory_format=torch.contiguous_format)
@@ -360,6 +362,22 @@ class JointPredictor:
             size: p[:, cells].t().contiguous().reshape(rows, columns, 10).numpy()
             for size, (cells, rows, columns) in places.items()
         }
+
+    def warm_up(
+        self,
+        width: int,  # frame width in pixels
+        height: int,  # frame height in pixels
+        qindex: int,  # 0–255
+    ) -> float:  # CPU seconds over all threads; 0 where this is done already
+        """Get ready for frames of a size at a quantiser: fold the network, let PyTorch prepare.
+
+        The first frame of a process waits for this, further ones do not.
+        """
+        if (width, height, int(qindex)) in self._warm:
+            return 0.0
+        started = time.process_time()
+        self.maps(np.zeros((height, width), np.uint16), qindex)
+        return time.process_time() - started
 
 # %% ../nbs/22_joint.ipynb #d4f1d9a4
 def read_luma(

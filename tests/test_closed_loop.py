@@ -75,13 +75,23 @@ def test_a_video_is_encoded_faster_and_decodes(library, video, tmp_path):
     assert saved < 100 and (tmp_path / "out.ivf").stat().st_size > 100
 
 
-def test_the_planes_are_those_of_the_film(video):
-    path, luma = video
-    planes = steering.read_planes(path)
-    assert len(planes) == 2 and len(steering.read_planes(path, 1)) == 1
-    np.testing.assert_array_equal(planes[0][0], luma)
-    np.testing.assert_array_equal(planes[1][0], luma[:, ::-1])
-    assert (planes[0][1] == 512).all()
+def test_loading_is_told_apart_from_prediction(library, video, tmp_path):
+    said = av1nb("encode", video[0], "--out", tmp_path / "out.ivf", "--no-compare").stdout
+    without, with_it, loading = map(
+        float,
+        re.search(
+            r"([\d.]+) s without loading, ([\d.]+) s with it: .* took ([\d.]+) s, once", said
+        ).groups(),
+    )
+    assert "saved" not in said and abs(with_it - without - loading) < 0.02 < loading
+
+
+def test_a_second_encode_of_the_size_waits_for_nothing(video):
+    predictor = joint.JointPredictor.load(steering.shipped_weights())
+    assert predictor.warm_up(192, 128, 172) > 0 == predictor.warm_up(192, 128, 172)
+    policy, _, _ = steering.policy_for(1.0, 1)
+    steering.predict_masks(predictor, [video[1]], 128, policy)
+    assert predictor.warm_up(192, 128, 128) == 0 < predictor.warm_up(128, 192, 128)
 
 
 @pytest.mark.parametrize(
