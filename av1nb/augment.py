@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMAL_POINTS', 'check_number', 'check_blocks', 'draw_uniform', 'draw_integers', 'MixedLabels', 'check_unmixed',
-           'stage_label_map', 'Symmetry', 'normal_points', 'draw_normal', 'GaussianNoise', 'hole_mask', 'fill_holes',
-           'Cutout', 'CoarseDropout', 'draw_partners', 'MixUp', 'CutMix', 'Compose', 'tta']
+           'stage_label_map', 'label_table', 'Symmetry', 'normal_points', 'draw_normal', 'GaussianNoise', 'hole_mask',
+           'fill_holes', 'Cutout', 'CoarseDropout', 'draw_partners', 'MixUp', 'CutMix', 'Compose', 'tta']
 
 # %% ../nbs/11_augment.ipynb #1cb41717
 import math
@@ -158,6 +158,45 @@ def stage_label_map(
         result += targets
     return torch.tensor(result)
 
+# %% ../nbs/11_augment.ipynb #acd159fe
+def label_table(
+    hierarchy: Hierarchy | None,  # whose classes the labels are; None: they are partition types
+    stage: str | None,  # which stage's classes they are; needed with a hierarchy
+    names: tuple[str, ...],  # symmetries
+) -> torch.Tensor:  # int64 [len(names) + 1, classes + 1]; the last row is the identity
+    """Label after each symmetry; the last column is −1, so that the index −1 keeps itself.
+
+    Raises `ValueError` for an unknown symmetry and for a hierarchy without a stage.
+    """
+    unknown = set(names) - set(SYMMETRIES)
+    if unknown or not names:
+        raise ValueError(
+            f"names must be some of {', '.join(SYMMETRIES)}, but"
+            f" {', '.join(sorted(unknown)) or 'nothing'} was given."
+        )
+    if (hierarchy is None) != (stage is None):
+        raise ValueError(
+            "Symmetry needs both a hierarchy and a stage, or neither (labels are then partition"
+            " types)."
+        )
+    rows = (*names, "identity")  # the identity serves the blocks that draw nothing
+    if hierarchy is None:
+        maps = [torch.as_tensor(label_map(name)) for name in rows]
+    else:
+        maps = [stage_label_map(hierarchy, stage, name) for name in rows]
+    # −1 as an index reaches the end of the row before, which is this column
+    return torch.nn.functional.pad(torch.stack(maps), (0, 1), value=-1)
+
+
+def _require_labels(x, y, n_classes):
+    check_unmixed(y, "Symmetry")
+    low, high = (int(each) for each in y.aminmax()) if len(y) else (0, 0)
+    if len(y) != len(x) or low < -1 or high >= n_classes:
+        raise ValueError(
+            f"Symmetry needs one label from -1 to {n_classes - 1} a block, "
+            f"but got {len(y)} labels from {low} to {high} for {len(x)} blocks."
+        )
+
 # %% ../nbs/11_augment.ipynb #61746f58
 class Symmetry:
     """Give every block a random symmetry of the square, and its label the matching class.
@@ -173,30 +212,8 @@ class Symmetry:
         names: tuple[str, ...] = SYMMETRIES,  # the symmetries to draw from, uniformly
         p: float = 1.0,  # probability of drawing at all, in (0, 1]; other blocks stay as they are
     ):
-        unknown = set(names) - set(SYMMETRIES)
-        if unknown or not names:
-            raise ValueError(
-                f"names must be some of {', '.join(SYMMETRIES)}, but"
-                f" {', '.join(sorted(unknown)) or 'nothing'} was given."
-            )
-        if (hierarchy is None) != (stage is None):
-            raise ValueError(
-                "Symmetry needs both a hierarchy and a stage, or neither (labels are then partition"
-                " types)."
-            )
         self.names, self.p = tuple(names), check_number("p", p, 1e-6, 1)
-        # one more row, the identity, serves the blocks that draw nothing
-        rows = self.names + ("identity",)
-        maps = [
-            (
-                torch.as_tensor(label_map(name))
-                if hierarchy is None
-                else stage_label_map(hierarchy, stage, name)
-            )
-            for name in rows
-        ]
-        # one more column keeps label -1: as an index it reaches the end of the row before
-        self.labels = torch.nn.functional.pad(torch.stack(maps), (0, 1), value=-1)
+        self.labels = label_table(hierarchy, stage, self.names)
         self.pixels = {}
 
     def pixel_table(
@@ -219,13 +236,9 @@ class Symmetry:
     ) -> torch.Tensor:  # int64 [B], row of the tables for every block
         "Draw which symmetry each block gets; the last row is the identity of blocks that get none."
         choice = draw_integers(len(self.names), (len(x),), x, generator)
-        return (
-            choice
-            if self.p == 1
-            else choice.masked_fill_(
-                draw_uniform((len(x),), x, generator) >= self.p, len(self.names)
-            )
-        )
+        if self.p == 1:
+            return choice
+        return choice.masked_fill_(draw_uniform((len(x),), x, generator) >= self.p, len(self.names))
 
     def __call__(
         self,
@@ -237,15 +250,8 @@ class Symmetry:
 
         Raises `ValueError` for mixed labels and for a label that the stage does not have.
         """
-        size = check_blocks(x, "Symmetry", floating=False)
-        check_unmixed(y, "Symmetry")
-        n_classes = self.labels.shape[1] - 1
-        low, high = (int(each) for each in y.aminmax()) if len(y) else (0, 0)
-        if len(y) != len(x) or low < -1 or high >= n_classes:
-            raise ValueError(
-                f"Symmetry needs one label from -1 to {n_classes - 1} a block, "
-                f"but got {len(y)} labels from {low} to {high} for {len(x)} blocks."
-            )
+        size, n_classes = check_blocks(x, "Symmetry", floating=False), self.labels.shape[1] - 1
+        _require_labels(x, y, n_classes)
         choice = self.draw(x, generator)
         # gather knows no uint16 on the CPU; the same bits as int16 move just as well
         movable = x.view(torch.int16) if x.dtype == torch.uint16 else x

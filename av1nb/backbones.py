@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_WEIGHTS', 'SqueezeExcitation', 'SpatialAttention', 'QindexEmbedding', 'Backbone', 'ResidualBlock',
            'ResNet18', 'one_channel', 'pretrained_state', 'OnePlaceConv', 'one_place', 'ResNet18Blocks', 'layer_shapes',
            'SeparableBlock', 'ConvStem', 'LightBackbone', 'layer_groups', 'Modulation', 'ModulatedConv', 'FoldedConv',
-           'ModulatedResidual', 'soft_log', 'JointBackbone']
+           'ModulatedResidual', 'soft_log', 'JointLayers', 'JointInputs', 'JointBackbone']
 
 # %% ../nbs/12_backbones.ipynb #84dda804
 import copy
@@ -156,11 +156,9 @@ class Backbone(nn.Module):
         if self.centres:
             x = x - x.mean(dim=(2, 3), keepdim=True)
         features = self.maps(x).mean(dim=(2, 3))
-        return (
-            torch.cat([features, self.qindex_embedding(qindex)], dim=1)
-            if self.uses_qindex
-            else features
-        )
+        if not self.uses_qindex:
+            return features
+        return torch.cat([features, self.qindex_embedding(qindex)], dim=1)
 
 # %% ../nbs/12_backbones.ipynb #60d91b3a
 class ResidualBlock(nn.Module):
@@ -348,16 +346,11 @@ class ResNet18Blocks(Backbone):
         super().__init__(qindex, centre)
         body = ResNet18()
         self.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(
-            self.conv1.weight, mode="fan_out", nonlinearity="relu"
-        )  # as in the layer that this one replaces
+        # as in the layer that this one replaces
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.bn1, self.relu, self.maxpool = body.bn1, body.relu, body.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            body.layer1,
-            body.layer2,
-            one_place(body.layer3),
-            one_place(body.layer4),
-        )
+        self.layer1, self.layer2 = body.layer1, body.layer2
+        self.layer3, self.layer4 = one_place(body.layer3), one_place(body.layer4)
         if pretrained is not None:
             self.load_body(pretrained_state(pretrained), pretrained)
         self.se1, self.se2, self.se3, self.se4 = (
@@ -568,7 +561,7 @@ class Modulation(nn.Module):
         scale, shift = self.linear(condition)[:, :, None, None].chunk(2, 1)
         return x * (1 + scale) + shift
 
-
+# %% ../nbs/12_backbones.ipynb #dca1b73f
 class ModulatedConv(nn.Module):
     """Convolution without bias, batch norm, optional modulation, optional SiLU; padded to keep the
     size, or to halve it with stride 2.
@@ -619,7 +612,7 @@ class ModulatedConv(nn.Module):
             self.conv, self.conv.weight * scale[:, None, None, None], shift, self.active
         )
 
-
+# %% ../nbs/12_backbones.ipynb #79a24802
 class FoldedConv(nn.Module):
     "What `ModulatedConv.folded` gives: the condition is in the weights already."
 
@@ -653,7 +646,7 @@ class FoldedConv(nn.Module):
         x = self.conv(x)
         return nn.functional.silu(x, inplace=not x.requires_grad) if self.active else x
 
-
+# %% ../nbs/12_backbones.ipynb #456af41b
 class ModulatedResidual(nn.Module):
     """Two convolutions and a shortcut (He et al., 2016): 3×3 and 3×3, or depthwise 5×5 and 1×1
     where `separable`.
@@ -689,7 +682,7 @@ class ModulatedResidual(nn.Module):
         # the same, without two more maps in memory
         return nn.functional.silu(branch.add_(x), inplace=True)
 
-
+# %% ../nbs/12_backbones.ipynb #225eee1a
 def soft_log(
     x: torch.Tensor,  # float, any shape
 ) -> torch.Tensor:
@@ -700,15 +693,9 @@ def soft_log(
         return torch.asinh(x)
     return x.square().add_(1).sqrt_().add_(x.abs()).log_().copysign_(x)
 
-
-class JointBackbone(nn.Module):
-    """Luma of whole frames `[B,1,H,W]` in [0,1], H and W multiples of 64, and their qindex `[B]`
-    (0–255) → {64, 32, 16, 8: features `[B,C,H/size,W/size]`}.
-
-    Sources: Perez et al. (2018), FiLM; Ronneberger et al. (2015), U-Net; Paul, Norkin and Bovik
-    (2020), Speeding up VP9 Intra Encoder with Hierarchical Deep Learning Based Partition
-    Prediction.
-    """
+# %% ../nbs/12_backbones.ipynb #1689b2f5
+class JointLayers(nn.Module):
+    "Layers of the joint network and what they were built with; `JointBackbone` uses them."
 
     architecture = "joint"
     centres = True
@@ -725,13 +712,8 @@ class JointBackbone(nn.Module):
     ):
         super().__init__()
         w4, w8, w16, w32 = widths
-        self.widths, self.depths, self.dropout, self.qindex, self.context = (
-            tuple(widths),
-            tuple(depths),
-            dropout,
-            qindex,
-            context,
-        )
+        self.widths, self.depths, self.dropout = tuple(widths), tuple(depths), dropout
+        self.qindex, self.context = qindex, context
         # log gain at qindex 0, and its change up to 255
         self.gain = nn.Parameter(torch.tensor([[3.0, -3.0], [3.0, 0.0]]))
         self.condition = nn.Sequential(
@@ -745,23 +727,17 @@ class JointBackbone(nn.Module):
 
         self.stem = ModulatedConv(34, w4, condition=condition)
         self.at4 = blocks(w4, depths[0])
-        self.to8, self.at8 = ModulatedConv(w4, w8, stride=2, condition=condition), blocks(
-            w8, depths[1]
-        )
-        self.to16, self.at16 = ModulatedConv(w8, w16, stride=2, condition=condition), blocks(
-            w16, depths[2]
-        )
-        self.to32, self.at32 = ModulatedConv(
-            w16, w32, stride=2, groups=w32 // 16, condition=condition
-        ), blocks(w32, depths[3], True)
-        self.to64, self.at64 = ModulatedConv(
-            w32, w32, stride=2, groups=w32 // 16, condition=condition
-        ), blocks(w32, depths[3], True)
-        self.up32, self.up16, self.up8 = (
-            nn.Conv2d(w32, w32, 1),
-            nn.Conv2d(w32, w16, 1),
-            nn.Conv2d(w16, w8, 1),
-        )
+        self.to8 = ModulatedConv(w4, w8, stride=2, condition=condition)
+        self.at8 = blocks(w8, depths[1])
+        self.to16 = ModulatedConv(w8, w16, stride=2, condition=condition)
+        self.at16 = blocks(w16, depths[2])
+        coarse = dict(stride=2, groups=w32 // 16, condition=condition)
+        self.to32 = ModulatedConv(w16, w32, **coarse)
+        self.at32 = blocks(w32, depths[3], True)
+        self.to64 = ModulatedConv(w32, w32, **coarse)
+        self.at64 = blocks(w32, depths[3], True)
+        self.up32, self.up16 = nn.Conv2d(w32, w32, 1), nn.Conv2d(w32, w16, 1)
+        self.up8 = nn.Conv2d(w16, w8, 1)
         self.merge32, self.merge16, self.merge8 = (
             ModulatedResidual(w, condition, dropout, True) for w in (w32, w16, w8)
         )
@@ -769,19 +745,18 @@ class JointBackbone(nn.Module):
     @property
     def channels(self) -> dict[int, int]:
         "Size of the nodes → channels of their features."
-        return dict(
-            zip((64, 32, 16, 8), (self.widths[3], self.widths[3], self.widths[2], self.widths[1]))
-        )
+        w8, w16, w32 = self.widths[1:]
+        return {64: w32, 32: w32, 16: w16, 8: w8}
 
     def settings(self) -> dict:
         "What this backbone was built with, in plain values."
-        return dict(
-            widths=list(self.widths),
-            depths=list(self.depths),
-            dropout=self.dropout,
-            qindex=self.qindex,
-            context=self.context,
-        )
+        names = ("widths", "depths", "dropout", "qindex", "context")
+        values = (getattr(self, name) for name in names)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in zip(names, values)}
+
+# %% ../nbs/12_backbones.ipynb #5d653acf
+class JointInputs(JointLayers):
+    "The joint network up to its first layer: quantiser and pixels as it sees them."
 
     def scaled(
         self,
@@ -810,34 +785,52 @@ class JointBackbone(nn.Module):
             memory_format=torch.channels_last
         )
 
+# %% ../nbs/12_backbones.ipynb #39d1b1a9
+def _require_frames(x):
+    superblocks = x.ndim == 4 and x.shape[1] == 1 and not (x.shape[2] % 64 or x.shape[3] % 64)
+    if not superblocks or not x.is_floating_point():
+        raise ValueError(
+            "JointBackbone takes float frames [batch, 1, height, width] in whole 64×64"
+            f" superblocks, but got {x.dtype} {list(x.shape)}"
+        )
+
+
+def _double(x):
+    return nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+
+
+def _each_superblock(maps, x, qindex):
+    "What `maps` gives where each superblock is a picture of its own, put together again."
+    b, _, h, w = x.shape
+    tiles = x.reshape(b, h // 64, 64, w // 64, 64).transpose(2, 3).reshape(-1, 1, 64, 64)
+    features = maps(tiles, qindex.repeat_interleave(h * w // 4096))
+    return {
+        size: (
+            f.reshape(b, h // 64, w // 64, -1, 64 // size, 64 // size)
+            .permute(0, 3, 1, 4, 2, 5)
+            .reshape(b, -1, h // size, w // size)
+        )
+        for size, f in features.items()
+    }
+
+# %% ../nbs/12_backbones.ipynb #ff26dd84
+class JointBackbone(JointInputs):
+    """Luma of whole frames `[B,1,H,W]` in [0,1], H and W multiples of 64, and their qindex `[B]`
+    (0–255) → {64, 32, 16, 8: features `[B,C,H/size,W/size]`}.
+
+    Sources: Perez et al. (2018), FiLM; Ronneberger et al. (2015), U-Net; Paul, Norkin and Bovik
+    (2020), Speeding up VP9 Intra Encoder with Hierarchical Deep Learning Based Partition
+    Prediction.
+    """
+
     def forward(
         self,
         x: torch.Tensor,  # float [B,1,H,W] in [0,1], H and W multiples of 64
         qindex: torch.Tensor,  # [B], 0–255
     ) -> dict[int, torch.Tensor]:
-        if (
-            x.ndim != 4
-            or x.shape[1] != 1
-            or x.shape[2] % 64
-            or x.shape[3] % 64
-            or not x.is_floating_point()
-        ):
-            raise ValueError(
-                "JointBackbone takes float frames [batch, 1, height, width] in whole 64×64"
-                f" superblocks, but got {x.dtype} {list(x.shape)}"
-            )
+        _require_frames(x)
         if not self.context:
-            b, _, h, w = x.shape
-            tiles = x.reshape(b, h // 64, 64, w // 64, 64).transpose(2, 3).reshape(-1, 1, 64, 64)
-            features = self.maps(tiles, qindex.repeat_interleave(h * w // 4096))
-            return {
-                size: (
-                    f.reshape(b, h // 64, w // 64, -1, 64 // size, 64 // size)
-                    .permute(0, 3, 1, 4, 2, 5)
-                    .reshape(b, -1, h // size, w // size)
-                )
-                for size, f in features.items()
-            }
+            return _each_superblock(self.maps, x, qindex)
         return self.maps(x, qindex)
 
     def maps(
@@ -862,12 +855,9 @@ class JointBackbone(nn.Module):
         f32 = through(self.at32, self.to32(f16, condition))
         f64 = through(self.at64, self.to64(f32, condition))
 
-        def double(x):
-            return nn.functional.interpolate(x, scale_factor=2, mode="nearest")
-
-        f32 = self.merge32(f32 + double(self.up32(f64)), condition)
-        f16 = self.merge16(f16 + double(self.up16(f32)), condition)
-        f8 = self.merge8(f8 + double(self.up8(f16)), condition)
+        f32 = self.merge32(f32 + _double(self.up32(f64)), condition)
+        f16 = self.merge16(f16 + _double(self.up16(f32)), condition)
+        f8 = self.merge8(f8 + _double(self.up8(f16)), condition)
         return {64: f64, 32: f32, 16: f16, 8: f8}
 
     @torch.no_grad()

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['MAX_PIXEL', 'SPLITS', 'CONTRACT_LABELS', 'CONTRACT_KEYS', 'NORMALISATION', 'LEGACY_NOTE', 'to_float',
            'split_sequences', 'split_hash', 'distribution', 'DatasetError', 'save_tensors', 'load_tensors', 'versions',
-           'BlockSet', 'build_block_sets', 'write_block_sets', 'read_metadata', 'read_block_sets', 'import_legacy',
-           'stage_subset', 'bootstrap_variants', 'write_stage3', 'read_stage3', 'BalancedSampler', 'Batches', 'Audit',
-           'pixel_hashes', 'audit']
+           'Blocks', 'BlockViews', 'BlockSet', 'build_block_sets', 'write_block_sets', 'read_metadata',
+           'read_block_sets', 'import_legacy', 'stage_subset', 'bootstrap_variants', 'write_stage3', 'read_stage3',
+           'BalancedSampler', 'BatchSource', 'Batches', 'Audit', 'pixel_hashes', 'audit']
 
 # %% ../nbs/10_datasets.ipynb #1216b54a
 import hashlib
 import io
+import itertools
 import json
 import pickle
 import platform
@@ -79,10 +80,23 @@ def to_float(
             )
     return samples.to(torch.float32).div_(MAX_PIXEL)
 
-# %% ../nbs/10_datasets.ipynb #6783eec9
+# %% ../nbs/10_datasets.ipynb #30e7ce7b
 SPLITS = ("train", "val", "test")
 
 
+def _deal(blocks, fractions, order):
+    """Give each group, in that order, to the split furthest below its share; no split stays empty.
+    int [groups].
+    """
+    wanted, got, dealt = fractions * blocks.sum(), np.zeros(3), np.zeros(len(blocks), int)
+    for visited, group in enumerate(order):
+        empty = got == 0
+        open_splits = empty if len(order) - visited <= empty.sum() else np.ones(3, bool)
+        dealt[group] = np.argmax(np.where(open_splits, wanted - got, -np.inf))
+        got[dealt[group]] += blocks[group]
+    return dealt
+
+# %% ../nbs/10_datasets.ipynb #6783eec9
 def split_sequences(
     counts: dict,  # sequence name → number of blocks (≥ 1), or numbers of its blocks of each type
     # shares of the blocks wanted for train, val and test; sum 1
@@ -145,19 +159,6 @@ def split_sequences(
             for name in members[key]
         )
     )
-
-
-def _deal(blocks, fractions, order):
-    """Give each group, in that order, to the split furthest below its share; no split stays empty.
-    int [groups].
-    """
-    wanted, got, dealt = fractions * blocks.sum(), np.zeros(3), np.zeros(len(blocks), int)
-    for visited, group in enumerate(order):
-        empty = got == 0
-        open_splits = empty if len(order) - visited <= empty.sum() else np.ones(3, bool)
-        dealt[group] = np.argmax(np.where(open_splits, wanted - got, -np.inf))
-        got[dealt[group]] += blocks[group]
-    return dealt
 
 # %% ../nbs/10_datasets.ipynb #129822b4
 def split_hash(
@@ -286,17 +287,47 @@ def versions() -> dict:  # package → version
         **{package: installed(package) for package in packages},
     }
 
-# %% ../nbs/10_datasets.ipynb #4c335841
-@dataclass(eq=False, repr=False)
-class BlockSet:
-    """Blocks of one split with their types and where each came from.
-
-    Tensors of N rows: `samples` uint16 [N, 1, S+2m, S+2m] with pixels 0–1023 (S = `size`, m =
-    `margin` pixels of context on each side); `types` (0–9), `qindex` (0–255), `sequence` and
-    `recording` (positions in `sequence_names` and `recording_names`), `frame`, `row`, `col` (pixels
-    of the block without its margin), all int64 [N]. `ValueError` where shapes, dtypes or ranges do
-    not fit.
+# %% ../nbs/10_datasets.ipynb #fc41e952
+def _require_columns(blocks):
+    """Raise ValueError unless the tensors of a block set have the shapes, dtypes and ranges they
+    say.
     """
+    side = blocks.size + 2 * blocks.margin
+    if blocks.samples.dtype != torch.uint16:
+        raise ValueError(
+            f"samples must be uint16, not {blocks.samples.dtype}; pixels are normalised by"
+            " to_float, when a batch is made."
+        )
+    if tuple(blocks.samples.shape[1:]) != (1, side, side):
+        raise ValueError(
+            f"samples have shape {tuple(blocks.samples.shape)}; size {blocks.size} with margin"
+            f" {blocks.margin} needs [N, 1, {side}, {side}]."
+        )
+    for name in _COLUMNS:
+        values = getattr(blocks, name)
+        if values.shape != (len(blocks.samples),) or values.dtype != torch.int64:
+            raise ValueError(
+                f"{name} must be int64 [{len(blocks.samples)}], one for each sample, "
+                f"not {values.dtype} {tuple(values.shape)}."
+            )
+    for name, limit in (
+        ("types", 10),
+        ("qindex", 256),
+        ("sequence", len(blocks.sequence_names)),
+        ("recording", len(blocks.recording_names)),
+    ):
+        values = getattr(blocks, name)
+        if bad := int(((values < 0) | (values >= limit)).sum()):
+            at = int(((values < 0) | (values >= limit)).nonzero()[0])
+            raise ValueError(
+                f"{name} of {bad} blocks lies outside 0–{limit - 1}; the first is block {at}"
+                f" with {int(values[at])}."
+            )
+
+# %% ../nbs/10_datasets.ipynb #8848c84e
+@dataclass(eq=False, repr=False)
+class Blocks:
+    "Blocks of one split with their types and where each came from; what does not fit is refused."
 
     samples: torch.Tensor  # uint16 [N, 1, S+2m, S+2m], pixels 0–1023
     types: torch.Tensor  # int64 [N], partition type 0–9
@@ -323,41 +354,10 @@ class BlockSet:
     sha256: str = field(default="", init=False)
 
     def __post_init__(self):
-        side = self.size + 2 * self.margin
-        if self.samples.dtype != torch.uint16:
-            raise ValueError(
-                f"samples must be uint16, not {self.samples.dtype}; pixels are normalised by"
-                " to_float, when a batch is made."
-            )
-        if tuple(self.samples.shape[1:]) != (1, side, side):
-            raise ValueError(
-                f"samples have shape {tuple(self.samples.shape)}; size {self.size} with margin"
-                f" {self.margin} needs [N, 1, {side}, {side}]."
-            )
-        for name in _COLUMNS:
-            values = getattr(self, name)
-            if values.shape != (len(self.samples),) or values.dtype != torch.int64:
-                raise ValueError(
-                    f"{name} must be int64 [{len(self.samples)}], one for each sample, "
-                    f"not {values.dtype} {tuple(values.shape)}."
-                )
-        for name, limit in (
-            ("types", 10),
-            ("qindex", 256),
-            ("sequence", len(self.sequence_names)),
-            ("recording", len(self.recording_names)),
-        ):
-            values = getattr(self, name)
-            if bad := int(((values < 0) | (values >= limit)).sum()):
-                at = int(((values < 0) | (values >= limit)).nonzero()[0])
-                raise ValueError(
-                    f"{name} of {bad} blocks lies outside 0–{limit - 1}; the first is block {at}"
-                    f" with {int(values[at])}."
-                )
+        _require_columns(self)
         # plain strings only: a str subclass (numpy's) would be refused when the file is read
-        self.sequence_names, self.recording_names = tuple(map(str, self.sequence_names)), tuple(
-            map(str, self.recording_names)
-        )
+        self.sequence_names = tuple(map(str, self.sequence_names))
+        self.recording_names = tuple(map(str, self.recording_names))
         self.assignment, self.groups = (
             {str(key): str(value) for key, value in names.items()}
             for names in (self.assignment, self.groups)
@@ -371,10 +371,14 @@ class BlockSet:
     def __repr__(self) -> str:
         sequences, recordings = len(self.sequence.unique()), len(self.recording.unique())
         return (
-            f"BlockSet({self.split}: {len(self)} blocks {self.size}×{self.size}, margin"
-            f" {self.margin}, {sequences} sequence(s), {recordings} recording(s), {self.reading}"
-            f" nodes, split {self.split_hash})"
+            f"{type(self).__name__}({self.split}: {len(self)} blocks {self.size}×{self.size},"
+            f" margin {self.margin}, {sequences} sequence(s), {recordings} recording(s),"
+            f" {self.reading} nodes, split {self.split_hash})"
         )
+
+# %% ../nbs/10_datasets.ipynb #26768247
+class BlockViews(Blocks):
+    "What follows from a set of blocks: classes, parts of it, a table, and names for messages."
 
     def labels(
         self,
@@ -393,10 +397,8 @@ class BlockSet:
         index: ArrayLike | slice,  # positions, boolean mask of N, or slice
     ) -> "BlockSet":
         "A copy of the chosen blocks, in the order given; names and provenance stay."
-        # a slice alone would share memory
-        index = (
-            torch.arange(len(self))[index] if isinstance(index, slice) else torch.as_tensor(index)
-        )
+        every = torch.arange(len(self))  # a slice alone would share memory
+        index = every[index] if isinstance(index, slice) else torch.as_tensor(index)
         index = index.to(self.samples.device)
         # torch has no mask or index kernels for uint16 on every device; the bytes are the same
         chosen = self.samples.view(torch.int16)[index].view(torch.uint16)
@@ -409,11 +411,8 @@ class BlockSet:
         device: torch.device | str,  # "cpu", "cuda", torch.device
     ) -> "BlockSet":
         "The same set with its tensors on a device."
-        moved = replace(
-            self,
-            samples=self.samples.to(device),
-            **{name: getattr(self, name).to(device) for name in _COLUMNS},
-        )
+        columns = {name: getattr(self, name).to(device) for name in _COLUMNS}
+        moved = replace(self, samples=self.samples.to(device), **columns)
         moved.sha256 = self.sha256
         return moved
 
@@ -446,6 +445,62 @@ class BlockSet:
         )
         return named + (f"; and {len(index) - limit} more" if len(index) > limit else "")
 
+# %% ../nbs/10_datasets.ipynb #f5768118
+def _require_keys(content, path):
+    "The content of a file with today's keys. Raises DatasetError for anything but a block set."
+    if not isinstance(content, dict) or "samples" not in content:
+        found = f", only {sorted(map(str, content))[:8]}" if isinstance(content, dict) else ""
+        raise DatasetError(f"{path} is no block set: it has no 'samples'{found}.")
+    if torch.is_tensor(content["samples"]) and content["samples"].dtype.is_floating_point:
+        raise DatasetError(
+            f"{path} holds samples as {content['samples'].dtype}: an old file with normalised"
+            " pixels (x/1023). Convert it without loss by datasets.import_legacy; its split is"
+            " not known to be by sequence."
+        )
+    if "nodes" in content:  # the name of this key in older files
+        content["reading"] = content.pop("nodes")
+    if missing := [
+        key for key in (*CONTRACT_KEYS, *_COLUMNS[2:], *_PROVENANCE) if key not in content
+    ]:
+        raise DatasetError(
+            f"{path} lacks {missing[:6]}: written by other code, without provenance. "
+            "Build the set from its recordings, or read it by datasets.import_legacy."
+        )
+    return content
+
+
+def _require_unaltered(blocks, content, path):
+    "Raise DatasetError unless the split's hash and the derived labels are those of the file."
+    if blocks.assignment and blocks.split_hash != split_hash(blocks.assignment):
+        raise DatasetError(
+            f"{path}: the split hash {blocks.split_hash} is not that of its sequences"
+            f" ({split_hash(blocks.assignment)}); the file was altered. Build the data set"
+            " again."
+        )
+    derived = blocks.labels(V6)
+    for stage, key in CONTRACT_LABELS.items():
+        if not torch.equal(derived[stage], content[key]):
+            at = (
+                int((derived[stage] != content[key]).nonzero()[0])
+                if derived[stage].shape == content[key].shape
+                else 0
+            )
+            raise DatasetError(
+                f"{path}: {key} disagrees with labels_stage0, first at block {at}"
+                f" ({blocks.where([at])}); the file was altered. Build the data set again."
+            )
+
+# %% ../nbs/10_datasets.ipynb #553e9f63
+class BlockSet(BlockViews):
+    """Blocks of one split, in memory and in a file.
+
+    Tensors of N rows: `samples` uint16 [N, 1, S+2m, S+2m] with pixels 0–1023 (S = `size`, m =
+    `margin` pixels of context on each side); `types` (0–9), `qindex` (0–255), `sequence` and
+    `recording` (positions in `sequence_names` and `recording_names`), `frame`, `row`, `col` (pixels
+    of the block without its margin), all int64 [N]. `ValueError` where shapes, dtypes or ranges do
+    not fit.
+    """
+
     def save(
         self,
         path: str | Path,  # .pt file
@@ -475,24 +530,7 @@ class BlockSet:
         that do not fit.
         """
         content, digest = load_tensors(path)
-        if not isinstance(content, dict) or "samples" not in content:
-            found = f", only {sorted(map(str, content))[:8]}" if isinstance(content, dict) else ""
-            raise DatasetError(f"{path} is no block set: it has no 'samples'{found}.")
-        if torch.is_tensor(content["samples"]) and content["samples"].dtype.is_floating_point:
-            raise DatasetError(
-                f"{path} holds samples as {content['samples'].dtype}: an old file with normalised"
-                " pixels (x/1023). Convert it without loss by datasets.import_legacy; its split is"
-                " not known to be by sequence."
-            )
-        if "nodes" in content:  # the name of this key in older files
-            content["reading"] = content.pop("nodes")
-        if missing := [
-            key for key in (*CONTRACT_KEYS, *_COLUMNS[2:], *_PROVENANCE) if key not in content
-        ]:
-            raise DatasetError(
-                f"{path} lacks {missing[:6]}: written by other code, without provenance. "
-                "Build the set from its recordings, or read it by datasets.import_legacy."
-            )
+        content = _require_keys(content, path)
         try:
             blocks = cls(
                 samples=content["samples"],
@@ -503,24 +541,7 @@ class BlockSet:
         except ValueError as problem:
             raise DatasetError(f"{path}: {problem}") from problem
         blocks.sha256 = digest
-        if blocks.assignment and blocks.split_hash != split_hash(blocks.assignment):
-            raise DatasetError(
-                f"{path}: the split hash {blocks.split_hash} is not that of its sequences"
-                f" ({split_hash(blocks.assignment)}); the file was altered. Build the data set"
-                " again."
-            )
-        derived = blocks.labels(V6)
-        for stage, key in CONTRACT_LABELS.items():
-            if not torch.equal(derived[stage], content[key]):
-                at = (
-                    int((derived[stage] != content[key]).nonzero()[0])
-                    if derived[stage].shape == content[key].shape
-                    else 0
-                )
-                raise DatasetError(
-                    f"{path}: {key} disagrees with labels_stage0, first at block {at}"
-                    f" ({blocks.where([at])}); the file was altered. Build the data set again."
-                )
+        _require_unaltered(blocks, content, path)
         return blocks
 
 # %% ../nbs/10_datasets.ipynb #d1da7aec
@@ -542,7 +563,109 @@ def _from_frames(raw_root, recording, table: pd.DataFrame, size: int, margin: in
         samples[at] = extract_blocks(pictures[place[frame]], rows[at], cols[at], size, margin)
     return samples
 
+# %% ../nbs/10_datasets.ipynb #e397b851
+def _require_one_reading(recordings, reading, raw_root):
+    "Raise ValueError unless all recordings have one reading of the logs, the one that is wanted."
+    readings = {recording.name: recording.reading for recording in recordings}
+    if len(set(readings.values())) > 1 or reading not in (None, *readings.values()):
+        found = {
+            one: [name for name in readings if readings[name] == one][:3]
+            for one in sorted(set(readings.values()))
+        }
+        raise ValueError(
+            f"a data set uses one reading of the logs ({reading or 'coded or searched'}); "
+            f"the recordings in {raw_root} are {found}. Write them again with one reading."
+        )
 
+
+def _read_parts(recordings, raw_root, size, margin):
+    """Samples and table of each recording that has blocks of that size, and the number of blocks of
+    each type of every sequence. Raises ValueError for blocks that are not those of the frame.
+    """
+    parts, counts = {}, {}
+    for recording in recordings:
+        blocks, table = read_recording(raw_root, recording.name, size)
+        if not len(table):  # smooth pictures at coarse quantisers are coded in larger blocks
+            warnings.warn(
+                f"recording {recording.name} has no intra {size}×{size} block inside the frame; the"
+                " data set goes without it",
+                stacklevel=3,
+            )
+            continue
+        core = _from_frames(raw_root, recording, table, size, 0)
+        if (wrong := (core != blocks).any(axis=(1, 2))).any():
+            first = table.iloc[int(wrong.argmax())]
+            raise ValueError(
+                f"recording {recording.name}: {int(wrong.sum())} stored blocks differ from the"
+                f" frame, first at frame {first['frame']} row {first['row']} col {first['col']}."
+                " Write the recording again."
+            )
+        parts[recording.name] = (
+            _from_frames(raw_root, recording, table, size, margin) if margin else blocks,
+            table,
+        )
+        counts[recording.sequence] = (
+            counts.get(recording.sequence, 0)
+            + table["type"].value_counts().reindex(range(10), fill_value=0).to_numpy()
+        )
+    return parts, counts
+
+# %% ../nbs/10_datasets.ipynb #743a2ef3
+def _assign(counts, assignment, groups, fractions, seed):
+    """Split of every sequence: as given, as its group, or drawn.
+
+    Raises ValueError for an empty split.
+    """
+    if unknown := sorted(set(assignment) - set(counts)):
+        raise ValueError(f"assignment names sequences that are not in the data: {unknown[:5]}.")
+    placed = {groups.get(name, name): split for name, split in assignment.items()}
+    assignment |= {
+        name: placed[groups.get(name, name)]
+        for name in counts
+        if name not in assignment and groups.get(name, name) in placed
+    }
+    new = {name: n for name, n in counts.items() if name not in assignment}
+    if new:
+        assignment |= split_sequences(
+            new, fractions, seed, {name: key for name, key in groups.items() if name in new}
+        )
+    if set(assignment.values()) != set(SPLITS):
+        raise ValueError(
+            f"assignment must fill every split; it has only {sorted(set(assignment.values()))}."
+        )
+    return assignment
+
+
+def _together(chosen, parts, **provenance):
+    "One split: the blocks of the chosen recordings, in their order."
+    sequences = sorted({recording.sequence for recording in chosen})
+    table = pd.concat(
+        [
+            parts[recording.name][1].assign(
+                sequence=sequences.index(recording.sequence), recording=number
+            )
+            for number, recording in enumerate(chosen)
+        ],
+        ignore_index=True,
+    )
+    column = {
+        name: torch.from_numpy(table[name].to_numpy(np.int64, copy=True))
+        for name in ("sequence", "recording", "frame", "row", "col", "type", "qindex")
+    }
+    samples = torch.from_numpy(
+        np.concatenate([parts.pop(recording.name)[0] for recording in chosen])[:, None]
+    )
+    return BlockSet(
+        samples,
+        column.pop("type"),
+        column.pop("qindex"),
+        **column,
+        sequence_names=sequences,
+        recording_names=[recording.name for recording in chosen],
+        **provenance,
+    )
+
+# %% ../nbs/10_datasets.ipynb #4d88e934
 def build_block_sets(
     raw_root: str | Path,  # folder of recordings, as written by `recordings.write_recording`
     size: int = 16,  # block size in pixels: 8, 16, 32 or 64
@@ -563,95 +686,22 @@ def build_block_sets(
     recordings = sorted(list_recordings(raw_root), key=lambda recording: recording.name)
     if not recordings:
         raise ValueError(f"{raw_root} holds no recordings; the notebook 000_raw writes them.")
-    readings = {recording.name: recording.reading for recording in recordings}
-    if len(set(readings.values())) > 1 or reading not in (None, *readings.values()):
-        found = {
-            one: [name for name in readings if readings[name] == one][:3]
-            for one in sorted(set(readings.values()))
-        }
-        raise ValueError(
-            f"a data set uses one reading of the logs ({reading or 'coded or searched'}); "
-            f"the recordings in {raw_root} are {found}. Write them again with one reading."
-        )
-    parts, counts = {}, {}
-    for recording in recordings:
-        blocks, table = read_recording(raw_root, recording.name, size)
-        if not len(table):  # smooth pictures at coarse quantisers are coded in larger blocks
-            warnings.warn(
-                f"recording {recording.name} has no intra {size}×{size} block inside the frame; the"
-                " data set goes without it",
-                stacklevel=2,
-            )
-            continue
-        core = _from_frames(raw_root, recording, table, size, 0)
-        if (wrong := (core != blocks).any(axis=(1, 2))).any():
-            first = table.iloc[int(wrong.argmax())]
-            raise ValueError(
-                f"recording {recording.name}: {int(wrong.sum())} stored blocks differ from the"
-                f" frame, first at frame {first['frame']} row {first['row']} col {first['col']}."
-                " Write the recording again."
-            )
-        parts[recording.name] = (
-            _from_frames(raw_root, recording, table, size, margin) if margin else blocks,
-            table,
-        )
-        counts[recording.sequence] = (
-            counts.get(recording.sequence, 0)
-            + table["type"].value_counts().reindex(range(10), fill_value=0).to_numpy()
-        )
+    _require_one_reading(recordings, reading, raw_root)
+    parts, counts = _read_parts(recordings, raw_root, size, margin)
     if not parts:
         raise ValueError(
             f"no recording in {raw_root} has an intra {size}×{size} block inside the frame."
         )
-    assignment, groups = dict(assignment or {}), dict(groups or {})
-    if unknown := sorted(set(assignment) - set(counts)):
-        raise ValueError(f"assignment names sequences that are not in the data: {unknown[:5]}.")
-    placed = {groups.get(name, name): split for name, split in assignment.items()}
-    assignment |= {
-        name: placed[groups.get(name, name)]
-        for name in counts
-        if name not in assignment and groups.get(name, name) in placed
-    }
-    new = {name: n for name, n in counts.items() if name not in assignment}
-    if new:
-        assignment |= split_sequences(
-            new, fractions, seed, {name: key for name, key in groups.items() if name in new}
-        )
-    if set(assignment.values()) != set(SPLITS):
-        raise ValueError(
-            f"assignment must fill every split; it has only {sorted(set(assignment.values()))}."
-        )
-    sets = {}
-    for split in SPLITS:
-        chosen = [
-            recording
-            for recording in recordings
-            if recording.name in parts and assignment[recording.sequence] == split
-        ]
-        sequences = sorted({recording.sequence for recording in chosen})
-        table = pd.concat(
-            [
-                parts[recording.name][1].assign(
-                    sequence=sequences.index(recording.sequence), recording=number
-                )
-                for number, recording in enumerate(chosen)
-            ],
-            ignore_index=True,
-        )
-        column = {
-            name: torch.from_numpy(table[name].to_numpy(np.int64, copy=True))
-            for name in ("sequence", "recording", "frame", "row", "col", "type", "qindex")
-        }
-        samples = torch.from_numpy(
-            np.concatenate([parts.pop(recording.name)[0] for recording in chosen])[:, None]
-        )
-        sets[split] = BlockSet(
-            samples,
-            column.pop("type"),
-            column.pop("qindex"),
-            **column,
-            sequence_names=sequences,
-            recording_names=[recording.name for recording in chosen],
+    groups = dict(groups or {})
+    assignment = _assign(counts, dict(assignment or {}), groups, fractions, seed)
+
+    def of(split):
+        return [r for r in recordings if r.name in parts and assignment[r.sequence] == split]
+
+    return {
+        split: _together(
+            of(split),
+            parts,
             split=split,
             size=size,
             margin=margin,
@@ -661,7 +711,8 @@ def build_block_sets(
             assignment=assignment,
             groups=groups,
         )
-    return sets
+        for split in SPLITS
+    }
 
 # %% ../nbs/10_datasets.ipynb #004d8fd1
 def _describe(blocks: BlockSet) -> dict:
@@ -703,7 +754,7 @@ def _describe(blocks: BlockSet) -> dict:
         },
     }
 
-
+# %% ../nbs/10_datasets.ipynb #56a6b22c
 def write_block_sets(
     out_root: str | Path,  # folder of data sets; `block_<size>/` is made inside
     sets: dict,  # split → BlockSet, of one division, size and margin
@@ -845,7 +896,7 @@ def _integers(samples: torch.Tensor, path) -> torch.Tensor:
         )
     return samples.to(torch.int32).to(torch.uint16)
 
-
+# %% ../nbs/10_datasets.ipynb #f8fccb04
 def import_legacy(
     # a .pt file of the old layout, or the folder that holds train.pt, val.pt and perhaps test.pt
     path: str | Path,
@@ -1112,11 +1163,48 @@ class BalancedSampler:
             "factor": draws / self.counts * self.counts.sum() / self.length,
         })
 
+# %% ../nbs/10_datasets.ipynb #eb56c485
+def _require_batches(samples, labels, batch_size, sampler, shuffle):
+    "Raise ValueError for blocks, labels or settings that no batches can be made of."
+    if labels is None:
+        raise ValueError("Batches of a plain tensor need labels.")
+    if samples.dtype != torch.uint16:
+        raise ValueError(
+            f"samples must be uint16, not {samples.dtype}; Batches normalises them, once."
+        )
+    if len(labels) != len(samples) or not len(samples):
+        raise ValueError(
+            f"{len(samples)} samples and {len(labels)} labels; equal and non-zero numbers are"
+            " needed."
+        )
+    if labels.min() < 0:
+        raise ValueError(
+            "labels contain −1, blocks that are not in this stage; take its subset first"
+            " (stage_subset)."
+        )
+    if batch_size < 2:
+        raise ValueError(f"batch_size must be at least 2, not {batch_size}.")
+    if sampler is not None and shuffle:
+        raise ValueError("a sampler decides the order; leave shuffle off.")
+    if sampler is not None and int(sampler.counts.sum()) != len(samples):
+        raise ValueError(
+            f"the sampler was made for {int(sampler.counts.sum())} blocks, these are"
+            f" {len(samples)}."
+        )
+    if int(_signed(samples).amin()) < 0 or int(_signed(samples).amax()) > MAX_PIXEL:
+        raise ValueError(f"samples hold a pixel outside 0–{MAX_PIXEL}.")
+
+
+def _batch_bounds(count, batch_size):
+    "Start and end of every batch; a single block at the end goes into the batch before."
+    starts = list(range(0, count, batch_size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], count]))
+
 # %% ../nbs/10_datasets.ipynb #d161d3c8
-class Batches:
-    """Iterate over normalised batches `(x, y)`, or `(x, y, qindex)`: x float32 [B, 1, S, S] in [0,
-    1], y int64 [B].
-    """
+class BatchSource:
+    "Blocks, labels and settings that batches are made of, and their order in an epoch."
 
     def __init__(
         self,
@@ -1135,50 +1223,18 @@ class Batches:
     ):
         samples = blocks.samples if isinstance(blocks, BlockSet) else blocks
         labels = blocks.types if labels is None and isinstance(blocks, BlockSet) else labels
-        if labels is None:
-            raise ValueError("Batches of a plain tensor need labels.")
-        if samples.dtype != torch.uint16:
-            raise ValueError(
-                f"samples must be uint16, not {samples.dtype}; Batches normalises them, once."
-            )
-        labels = torch.as_tensor(labels)
-        if len(labels) != len(samples) or not len(samples):
-            raise ValueError(
-                f"{len(samples)} samples and {len(labels)} labels; equal and non-zero numbers are"
-                " needed."
-            )
-        if labels.min() < 0:
-            raise ValueError(
-                "labels contain −1, blocks that are not in this stage; take its subset first"
-                " (stage_subset)."
-            )
-        if batch_size < 2:
-            raise ValueError(f"batch_size must be at least 2, not {batch_size}.")
-        if sampler is not None and shuffle:
-            raise ValueError("a sampler decides the order; leave shuffle off.")
-        if sampler is not None and int(sampler.counts.sum()) != len(samples):
-            raise ValueError(
-                f"the sampler was made for {int(sampler.counts.sum())} blocks, these are"
-                f" {len(samples)}."
-            )
+        labels = None if labels is None else torch.as_tensor(labels)
+        _require_batches(samples, labels, batch_size, sampler, shuffle)
         if qindex and not isinstance(blocks, BlockSet):
             raise ValueError("qindex is known only for a BlockSet.")
-        if int(_signed(samples).amin()) < 0 or int(_signed(samples).amax()) > MAX_PIXEL:
-            raise ValueError(f"samples hold a pixel outside 0–{MAX_PIXEL}.")
         self.device = torch.device(device)
         home = self.device if resident else torch.device("cpu")
         # int16: the same bytes, with kernels on every device
         self.samples = _signed(samples).to(home)
-        self.labels, self.qindex = labels.to(home, torch.int64), (
-            blocks.qindex.to(home) if qindex else None
-        )
-        self.batch_size, self.sampler, self.shuffle, self.seed, self.augment = (
-            batch_size,
-            sampler,
-            shuffle,
-            seed,
-            augment,
-        )
+        self.labels = labels.to(home, torch.int64)
+        self.qindex = blocks.qindex.to(home) if qindex else None
+        self.batch_size, self.sampler, self.shuffle = batch_size, sampler, shuffle
+        self.seed, self.augment = seed, augment
         self.blocks = blocks if isinstance(blocks, BlockSet) else None
         self.batch_ids = torch.empty(0, dtype=torch.int64)
         self.set_epoch(1)
@@ -1204,14 +1260,17 @@ class Batches:
         return torch.arange(len(self.samples))
 
     def _bounds(self):
-        total = len(self.samples) if self.sampler is None else len(self.sampler)
-        starts = list(range(0, total, self.batch_size))
-        if len(starts) > 1 and total - starts[-1] == 1:
-            starts.pop()
-        return list(zip(starts, starts[1:] + [total]))
+        count = len(self.samples) if self.sampler is None else len(self.sampler)
+        return _batch_bounds(count, self.batch_size)
 
     def __len__(self) -> int:
         return len(self._bounds())
+
+# %% ../nbs/10_datasets.ipynb #fc92241d
+class Batches(BatchSource):
+    """Iterate over normalised batches `(x, y)`, or `(x, y, qindex)`: x float32 [B, 1, S, S] in [0,
+    1], y int64 [B].
+    """
 
     def __iter__(self):
         order = self.order()
@@ -1316,7 +1375,178 @@ def _compare(blocks: BlockSet, raw_root, recordings: dict) -> dict:
             ).to_numpy()
     return wrong
 
+# %% ../nbs/10_datasets.ipynb #eb9d4d84
+class _Rows:
+    "Rows of an audit."
 
+    def __init__(self, sets):
+        self.sets, self.rows = sets, []
+
+    def add(self, check, split, blocks, wrong, detail="", counts_only=False, allowed=0):
+        "One check: `wrong` is a mask of the blocks, or a number."
+        found = int(np.sum(np.asarray(wrong)))
+        if not detail and found and np.ndim(wrong) and split in self.sets:
+            detail = self.sets[split].where(np.flatnonzero(wrong), limit=1)
+        said = counts_only or found <= allowed
+        values = dict(check=check, split=split, blocks=int(blocks), found=found, ok=said)
+        self.rows.append({**values, "detail": detail})
+
+# %% ../nbs/10_datasets.ipynb #d899daec
+def _audit_split(add, split, blocks, flat_range):
+    "Ranges and places of one split; which blocks are flat, bool [N]."
+    n, table, pixels = len(blocks), blocks.table(), _signed(blocks.samples.cpu())
+    low, high = pixels.amin(dim=(1, 2, 3)), pixels.amax(dim=(1, 2, 3))
+    core = pixels[
+        ...,
+        blocks.margin : blocks.margin + blocks.size,
+        blocks.margin : blocks.margin + blocks.size,
+    ]
+    flat = (core.amax(dim=(1, 2, 3)) - core.amin(dim=(1, 2, 3)) <= flat_range).numpy()
+    add("provenance is known", split, n, np.full(n, not blocks.assignment), blocks.note)
+    add("pixels within 0–1023", split, n, ((low < 0) | (high > MAX_PIXEL)).numpy())
+    add(
+        "type is legal for the size",
+        split,
+        n,
+        ~table["type"].isin([int(kind) for kind in legal_types(blocks.size)]).to_numpy(),
+    )
+    add("qindex within 0–255", split, n, ~table["qindex"].between(0, 255).to_numpy())
+    add(
+        "row and column on the grid",
+        split,
+        n,
+        (
+            (table["row"] % blocks.size != 0)
+            | (table["col"] % blocks.size != 0)
+            | (table["row"] < 0)
+            | (table["col"] < 0)
+        ).to_numpy(),
+    )
+    add(
+        "node occurs once",
+        split,
+        n,
+        table.duplicated(["recording", "frame", "row", "col"]).to_numpy(),
+    )
+    add(
+        "sequence belongs to the split",
+        split,
+        n,
+        (table["sequence"].map(blocks.assignment) != split).to_numpy(),
+    )
+    return flat
+
+# %% ../nbs/10_datasets.ipynb #8dd5f23a
+def _audit_raw(add, split, blocks, raw_root, recordings):
+    "Pixels, labels and logs of one split against the raw folder."
+    table = blocks.table()
+    wrong = _compare(blocks, raw_root, recordings)
+    add("pixels are the frame's", split, len(blocks), wrong["frame"])
+    add("type and qindex are the label files'", split, len(blocks), wrong["files"])
+    there = {
+        name: recordings[name].blocks.get(blocks.size, 0)
+        for name in blocks.recording_names
+        if name in recordings
+    }
+    missing = pd.Series(there) - table["recording"].value_counts().reindex(there, fill_value=0)
+    add(
+        "no block of its recordings is missing",
+        split,
+        sum(there.values()),
+        int(missing.abs().sum()),
+        ", ".join(missing.index[missing != 0][:3]),
+    )
+    without = sorted(set(table["recording"][~wrong["logged"]]))
+    add(
+        "type and qindex are the log's",
+        split,
+        wrong["logged"].sum(),
+        wrong["log"],
+        f"no log: {without[:3]}" if without and not wrong["log"].any() else "",
+    )
+
+
+def _audit_content(add, split, blocks, hashes, flat):
+    "How often one split holds the same pixels twice, and with different types."
+    table = blocks.table()
+    content = pd.DataFrame(
+        {"hash": hashes, **table[["sequence", "frame", "row", "col", "type", "qindex"]]}
+    )
+    places = content.drop_duplicates(["sequence", "frame", "row", "col"])
+    repeated = places.duplicated("hash", keep=False).to_numpy()
+    for said, kind in (
+        ("flat", flat[places.index]),
+        ("textured", ~flat[places.index]),
+    ):
+        add(
+            f"count: equal pixels at several places, {said}",
+            split,
+            len(places),
+            int((repeated & kind).sum()),
+            counts_only=True,
+        )
+    for same, said in ((["hash"], ""), (["hash", "qindex"], " at one qindex")):
+        several = content.groupby(same)["type"].transform("nunique") > 1
+        add(
+            f"count: equal pixels with different types{said}",
+            split,
+            len(blocks),
+            int(several.sum()),
+            counts_only=True,
+        )
+
+# %% ../nbs/10_datasets.ipynb #41427c00
+def _audit_pair(add, named, hashes, flat, allowed):
+    "Whether two splits have a sequence, a group or blocks in common, and are of one data set."
+    (first, one), (second, two) = named
+    pair = f"{first}, {second}"
+    both = len(one) + len(two)
+    if one.assignment and two.assignment:
+        names = [set(blocks.table()["sequence"]) for blocks in (one, two)]
+        held = [
+            {blocks.groups.get(name, name) for name in found}
+            for blocks, found in zip((one, two), names)
+        ]
+        for check, (left, right) in (
+            ("sequence in one split only", names),
+            ("group in one split only", held),
+        ):
+            add(check, pair, both, len(left & right), ", ".join(sorted(left & right)[:3]))
+    differing = [
+        name
+        for name in ("split_hash", "size", "margin", "reading", "uncovered")
+        if getattr(one, name) != getattr(two, name)
+    ]
+    add(
+        "same division, size, margin and reading",
+        pair,
+        both,
+        len(differing),
+        ", ".join(differing),
+    )
+    shared = np.isin(hashes[second], hashes[first])
+    textured = np.flatnonzero(shared & ~flat[second])
+    detail = ""
+    if len(textured):
+        twin = int(np.flatnonzero(hashes[first] == hashes[second][textured[0]])[0])
+        detail = f"{two.where(textured, limit=1)} equals {one.where([twin])}"
+    add(
+        "textured blocks in one split only",
+        pair,
+        both,
+        len(textured),
+        detail,
+        allowed=allowed,
+    )
+    add(
+        "count: flat blocks in both splits",
+        pair,
+        both,
+        int((shared & flat[second]).sum()),
+        counts_only=True,
+    )
+
+# %% ../nbs/10_datasets.ipynb #f8e04f02
 def audit(
     sets: dict,  # split → BlockSet
     # folder of recordings, the witness for pixels and labels; None: the sets alone
@@ -1328,168 +1558,15 @@ def audit(
     """Re-check a data set and report leakage, duplicates and ranges, one row a check; rows that
     only count are always ok.
     """
-    rows = []
-
-    def add(check, split, blocks, wrong, detail="", counts_only=False, allowed=0):
-        found = int(np.sum(np.asarray(wrong)))
-        if not detail and found and np.ndim(wrong) and split in sets:
-            detail = sets[split].where(np.flatnonzero(wrong), limit=1)
-        rows.append({
-            "check": check,
-            "split": split,
-            "blocks": int(blocks),
-            "found": found,
-            "ok": counts_only or found <= allowed,
-            "detail": detail,
-        })
-
-    recordings = (
-        {recording.name: recording for recording in list_recordings(raw_root)}
-        if raw_root is not None
-        else None
-    )
-    hashes, flat = {}, {}
+    rows, recordings, hashes, flat = _Rows(sets), None, {}, {}
+    if raw_root is not None:
+        recordings = {recording.name: recording for recording in list_recordings(raw_root)}
     for split, blocks in sets.items():
-        n, table, pixels = len(blocks), blocks.table(), _signed(blocks.samples.cpu())
-        low, high = pixels.amin(dim=(1, 2, 3)), pixels.amax(dim=(1, 2, 3))
-        core = pixels[
-            ...,
-            blocks.margin : blocks.margin + blocks.size,
-            blocks.margin : blocks.margin + blocks.size,
-        ]
-        hashes[split], flat[split] = (
-            pixel_hashes(blocks),
-            (core.amax(dim=(1, 2, 3)) - core.amin(dim=(1, 2, 3)) <= flat_range).numpy(),
-        )
-        add("provenance is known", split, n, np.full(n, not blocks.assignment), blocks.note)
-        add("pixels within 0–1023", split, n, ((low < 0) | (high > MAX_PIXEL)).numpy())
-        add(
-            "type is legal for the size",
-            split,
-            n,
-            ~table["type"].isin([int(kind) for kind in legal_types(blocks.size)]).to_numpy(),
-        )
-        add("qindex within 0–255", split, n, ~table["qindex"].between(0, 255).to_numpy())
-        add(
-            "row and column on the grid",
-            split,
-            n,
-            (
-                (table["row"] % blocks.size != 0)
-                | (table["col"] % blocks.size != 0)
-                | (table["row"] < 0)
-                | (table["col"] < 0)
-            ).to_numpy(),
-        )
-        add(
-            "node occurs once",
-            split,
-            n,
-            table.duplicated(["recording", "frame", "row", "col"]).to_numpy(),
-        )
-        add(
-            "sequence belongs to the split",
-            split,
-            n,
-            (table["sequence"].map(blocks.assignment) != split).to_numpy(),
-        )
+        flat[split] = _audit_split(rows.add, split, blocks, flat_range)
+        hashes[split] = pixel_hashes(blocks)
         if recordings is not None:
-            wrong = _compare(blocks, raw_root, recordings)
-            add("pixels are the frame's", split, n, wrong["frame"])
-            add("type and qindex are the label files'", split, n, wrong["files"])
-            there = {
-                name: recordings[name].blocks.get(blocks.size, 0)
-                for name in blocks.recording_names
-                if name in recordings
-            }
-            missing = pd.Series(there) - table["recording"].value_counts().reindex(
-                there, fill_value=0
-            )
-            add(
-                "no block of its recordings is missing",
-                split,
-                sum(there.values()),
-                int(missing.abs().sum()),
-                ", ".join(missing.index[missing != 0][:3]),
-            )
-            without = sorted(set(table["recording"][~wrong["logged"]]))
-            add(
-                "type and qindex are the log's",
-                split,
-                wrong["logged"].sum(),
-                wrong["log"],
-                f"no log: {without[:3]}" if without and not wrong["log"].any() else "",
-            )
-        content = pd.DataFrame(
-            {"hash": hashes[split], **table[["sequence", "frame", "row", "col", "type", "qindex"]]}
-        )
-        places = content.drop_duplicates(["sequence", "frame", "row", "col"])
-        repeated = places.duplicated("hash", keep=False).to_numpy()
-        for said, kind in (
-            ("flat", flat[split][places.index]),
-            ("textured", ~flat[split][places.index]),
-        ):
-            add(
-                f"count: equal pixels at several places, {said}",
-                split,
-                len(places),
-                int((repeated & kind).sum()),
-                counts_only=True,
-            )
-        for same, said in ((["hash"], ""), (["hash", "qindex"], " at one qindex")):
-            several = content.groupby(same)["type"].transform("nunique") > 1
-            add(
-                f"count: equal pixels with different types{said}",
-                split,
-                n,
-                int(several.sum()),
-                counts_only=True,
-            )
-    for first, second in [(a, b) for k, a in enumerate(sets) for b in list(sets)[k + 1 :]]:
-        pair, one, two = f"{first}, {second}", sets[first], sets[second]
-        both = len(one) + len(two)
-        if one.assignment and two.assignment:
-            names = [set(blocks.table()["sequence"]) for blocks in (one, two)]
-            held = [
-                {blocks.groups.get(name, name) for name in found}
-                for blocks, found in zip((one, two), names)
-            ]
-            for check, (left, right) in (
-                ("sequence in one split only", names),
-                ("group in one split only", held),
-            ):
-                add(check, pair, both, len(left & right), ", ".join(sorted(left & right)[:3]))
-        differing = [
-            name
-            for name in ("split_hash", "size", "margin", "reading", "uncovered")
-            if getattr(one, name) != getattr(two, name)
-        ]
-        add(
-            "same division, size, margin and reading",
-            pair,
-            both,
-            len(differing),
-            ", ".join(differing),
-        )
-        shared = np.isin(hashes[second], hashes[first])
-        textured = np.flatnonzero(shared & ~flat[second])
-        detail = ""
-        if len(textured):
-            twin = int(np.flatnonzero(hashes[first] == hashes[second][textured[0]])[0])
-            detail = f"{two.where(textured, limit=1)} equals {one.where([twin])}"
-        add(
-            "textured blocks in one split only",
-            pair,
-            both,
-            len(textured),
-            detail,
-            allowed=allowed_shared,
-        )
-        add(
-            "count: flat blocks in both splits",
-            pair,
-            both,
-            int((shared & flat[second]).sum()),
-            counts_only=True,
-        )
-    return Audit(pd.DataFrame(rows))
+            _audit_raw(rows.add, split, blocks, raw_root, recordings)
+        _audit_content(rows.add, split, blocks, hashes[split], flat[split])
+    for named in itertools.combinations(sets.items(), 2):
+        _audit_pair(rows.add, named, hashes, flat, allowed_shared)
+    return Audit(pd.DataFrame(rows.rows))

@@ -156,6 +156,41 @@ def partition_rectangles(
     )
     return pd.concat([leaves(nodes)[list(quarters.columns)], quarters], ignore_index=True)
 
+# %% ../nbs/18_figures.ipynb #8984eb0d
+def _corners(top, left, bottom, right):
+    "Polygons [n, 4, 2] in (x, y), clockwise from the top left."
+    return np.stack([left, top, right, top, right, bottom, left, bottom], 1).reshape(-1, 4, 2)
+
+
+def _outlines(nodes, shape):
+    "Outlines of nodes, clipped to the frame, as one collection of white lines."
+    bottom, right = (
+        (nodes[c] + nodes["size"]).clip(upper=n) for c, n in zip(("row", "col"), shape)
+    )
+    corners = _corners(nodes["row"], nodes["col"], bottom, right)
+    return LineCollection(
+        np.concatenate([corners, corners[:, :1]], 1), colors="white", linewidths=0.9, alpha=0.7
+    )
+
+
+def _type_legend(ax, types):
+    counts = np.bincount(types, minlength=10)
+    handles = [
+        Patch(facecolor=TYPE_COLOURS[t], label=f"{t.name} {counts[t]:,}")
+        for t in PartitionType
+        if counts[t]
+    ]
+    if handles:
+        ax.legend(
+            handles=handles,
+            ncols=5,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.01),
+            frameon=False,
+            fontsize=8,
+            handlelength=1.2,
+        )
+
 # %% ../nbs/18_figures.ipynb #34d18b66
 def partition_overlay(
     luma: np.ndarray,  # luma plane, integers [height, width]
@@ -227,41 +262,6 @@ def partition_overlay(
         _type_legend(ax, table.drop_duplicates("node").type)
     return ax
 
-
-def _corners(top, left, bottom, right):
-    "Polygons [n, 4, 2] in (x, y), clockwise from the top left."
-    return np.stack([left, top, right, top, right, bottom, left, bottom], 1).reshape(-1, 4, 2)
-
-
-def _outlines(nodes, shape):
-    "Outlines of nodes, clipped to the frame, as one collection of white lines."
-    bottom, right = (
-        (nodes[c] + nodes["size"]).clip(upper=n) for c, n in zip(("row", "col"), shape)
-    )
-    corners = _corners(nodes["row"], nodes["col"], bottom, right)
-    return LineCollection(
-        np.concatenate([corners, corners[:, :1]], 1), colors="white", linewidths=0.9, alpha=0.7
-    )
-
-
-def _type_legend(ax, types):
-    counts = np.bincount(types, minlength=10)
-    handles = [
-        Patch(facecolor=TYPE_COLOURS[t], label=f"{t.name} {counts[t]:,}")
-        for t in PartitionType
-        if counts[t]
-    ]
-    if handles:
-        ax.legend(
-            handles=handles,
-            ncols=5,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.01),
-            frameon=False,
-            fontsize=8,
-            handlelength=1.2,
-        )
-
 # %% ../nbs/18_figures.ipynb #ffdfcc7f
 def compare_overlays(
     luma: np.ndarray,  # luma plane, integers [height, width]
@@ -322,6 +322,27 @@ def compare_overlays(
         )
     return figure
 
+# %% ../nbs/18_figures.ipynb #bb17c99b
+def _grid_canvas(samples, labels, types, shown, per_class, margin, seed):
+    """Canvas [rows, columns] with a row of random blocks for each class that is shown, each
+    stretched to its own range; outlines [n, 4, 2] of their partition, and the class of each.
+    """
+    rng, side = np.random.default_rng(seed), samples.shape[-1]
+    step = side + 3
+    canvas = np.full((len(shown) * step, per_class * step), np.nan)
+    lines, classes = [], []
+    for i, c in enumerate(shown):
+        for j, n in enumerate(rng.permutation(np.flatnonzero(labels == c))[:per_class]):
+            block = samples[n].reshape(side, side).astype(float)
+            y, x = i * step, j * step
+            stretched = (block - block.min()) / max(np.ptp(block), 1)
+            canvas[y : y + side, x : x + side] = stretched
+            size = side - 2 * margin
+            top, left, height, width = children(types[n], size, y + margin, x + margin).T
+            lines.append(_corners(top, left, top + height, left + width))
+            classes += [c] * len(top)
+    return canvas, np.concatenate(lines), classes
+
 # %% ../nbs/18_figures.ipynb #63ac8499
 def sample_grid(
     samples: ArrayLike,  # blocks, integers [blocks, 1, side, side] or [blocks, side, side]
@@ -358,22 +379,9 @@ def sample_grid(
             f"With a margin of {margin} the blocks of {side}×{side} would be nodes of"
             f" {size}×{size}; check the margin."
         )
-    rng = np.random.default_rng(seed)
     shown = [c for c in range(len(names)) if (labels == c).any()]
-    canvas = np.full((len(shown) * step, per_class * step), np.nan)
-    lines, line_colours, colours = [], [], class_colours(names)
-    for i, c in enumerate(shown):
-        for j, n in enumerate(rng.permutation(np.flatnonzero(labels == c))[:per_class]):
-            block = samples[n].reshape(side, side).astype(float)
-            canvas[i * step : i * step + side, j * step : j * step + side] = (
-                block - block.min()
-            ) / max(np.ptp(block), 1)
-            top, left, height, width = children(
-                types[n], size, i * step + margin, j * step + margin
-            ).T
-            lines.append(_corners(top, left, top + height, left + width))
-            line_colours += [colours[c]] * len(top)
-    lines = np.concatenate(lines)
+    canvas, lines, classes = _grid_canvas(samples, labels, types, shown, per_class, margin, seed)
+    colours = class_colours(names)
     if ax is None:
         ax = plt.subplots(
             figsize=(0.62 * per_class + 1.6, 0.62 * len(shown) + 0.6), layout="constrained"
@@ -388,7 +396,9 @@ def sample_grid(
     )
     ax.add_collection(
         LineCollection(
-            np.concatenate([lines, lines[:, :1]], 1), colors=line_colours, linewidths=1.3
+            np.concatenate([lines, lines[:, :1]], 1),
+            colors=[colours[c] for c in classes],
+            linewidths=1.3,
         ),
         autolim=False,
     )

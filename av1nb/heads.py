@@ -229,10 +229,7 @@ class LightHead(nn.Module):
 
 # %% ../nbs/13_heads.ipynb #ddf56bcd
 class StageModel(nn.Module):
-    """Backbone and head of one stage.
-
-    `forward`: blocks [B,1,H,W] in [0,1] → uncalibrated logits, [B] for a binary stage, else [B,C].
-    """
+    "Backbone and head of one stage."
 
     def __init__(
         self,
@@ -245,12 +242,8 @@ class StageModel(nn.Module):
     ):
         super().__init__()
         self.backbone, self.head = backbone, head
-        self.stage, self.hierarchy, self.class_names, self.head_kind = (
-            stage,
-            hierarchy,
-            list(class_names),
-            head_kind,
-        )
+        self.stage, self.hierarchy, self.head_kind = stage, hierarchy, head_kind
+        self.class_names = list(class_names)
 
     @property
     def architecture(self) -> str:
@@ -274,7 +267,7 @@ class StageModel(nn.Module):
         self,
         x: torch.Tensor,  # float [B,1,H,W] in [0,1]
         qindex: torch.Tensor | None = None,  # [B], 0–255, for a model built with qindex=True
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # uncalibrated logits, [B] for a binary stage, else [B,C]
         return self.head(self.features(x, qindex))
 
     def calibrated(
@@ -466,14 +459,10 @@ class Ensemble(nn.Module):
                 "an ensemble needs two or more models of one stage and the same inputs, but got:"
                 f" {found or 'none'}"
             )
-        combine_votes(
-            torch.ones(len(models), 1, len(models[0].class_names)), vote, weights
-        )  # refuse unfitting weights now, not after an hour
-        self.models, self.vote, self.weights = (
-            nn.ModuleList(models),
-            vote,
-            None if weights is None else [float(w) for w in weights],
-        )
+        # refuse unfitting weights now, not after an hour
+        combine_votes(torch.ones(len(models), 1, len(models[0].class_names)), vote, weights)
+        self.models, self.vote = nn.ModuleList(models), vote
+        self.weights = None if weights is None else [float(w) for w in weights]
 
     @property
     def stage(self) -> str:
@@ -551,7 +540,7 @@ _NUMPY_VALUES = [
     },
 ]
 
-
+# %% ../nbs/13_heads.ipynb #81d63643
 def read_checkpoint(
     path: str | Path,  # a file that `torch.save` wrote
 ):
@@ -635,7 +624,7 @@ class StateKind(NamedTuple):
 
 _JOINT_HEAD = re.compile(r"(?:(stage\d+)_head|specialist_heads\.([^.]+))\.fc\.")
 
-
+# %% ../nbs/13_heads.ipynb #9c438fa3
 def identify_state(
     state: dict,  # state dict of a checkpoint
 ):
@@ -684,10 +673,8 @@ def summarise_keys(
     if len(keys) <= most:
         return f"{len(keys)} ({', '.join(keys)})" if keys else "0"
     groups = Counter(".".join(key.split(".")[:2]) for key in keys)
-    return (
-        f"{len(keys)}"
-        f" ({', '.join(f'{group}.* {count}' if count > 1 else group for group, count in groups.items())})"
-    )
+    named = (f"{group}.* {n}" if n > 1 else group for group, n in groups.items())
+    return f"{len(keys)} ({', '.join(named)})"
 
 
 def require_same_keys(
@@ -927,7 +914,7 @@ def type_log_probabilities(
     result = result.masked_fill(~legal, -torch.inf)
     return result - result.logsumexp(dim, keepdim=True)
 
-
+# %% ../nbs/13_heads.ipynb #d88c6d1c
 class JointHead(nn.Module):
     """Features of every level {size: [B,C,h,w]} → logits of every node [B, cells, 13 or 10], levels
     one after the other as in `partitions.cell_slices`.
@@ -955,7 +942,7 @@ class JointHead(nn.Module):
             1,
         )
 
-
+# %% ../nbs/13_heads.ipynb #584acfd1
 class JointModel(nn.Module):
     """All levels of the partition tree of whole frames: luma [B,1,H,W] in [0,1] (multiples of 64)
     and qindex [B] → logits [B, cells, 13].
@@ -1018,11 +1005,9 @@ class JointModel(nn.Module):
                 f"{path} was written by another version of the joint network ({error}); train it"
                 " again"
             ) from error
-        require_same_keys(
-            state, model.state_dict(), f"{path} was written by another version of the joint network"
-        )
-        model.load_state_dict(
-            {name: value.to(model.state_dict()[name].dtype) for name, value in state.items()},
-            strict=True,
-        )
+        what = f"{path} was written by another version of the joint network"
+        require_same_keys(state, model.state_dict(), what)
+        own = model.state_dict()
+        state = {name: value.to(own[name].dtype) for name, value in state.items()}
+        model.load_state_dict(state, strict=True)
         return model.eval(), content

@@ -321,7 +321,9 @@ class ClassBalancedFocal(MultiClassFocal):
 
 # %% ../nbs/14_losses.ipynb #ff3312bb
 class PositiveWeightFocal(BinaryFocal):
-    r"""Binary cross-entropy × positive weight × focal factor: $-w^{[y=1]} (1-p_t)^\gamma \log p_t$."""
+    r"""Binary cross-entropy × positive weight × focal factor:
+    $-w^{[y=1]} (1-p_t)^\gamma \log p_t$.
+    """
 
     def __init__(
         self,
@@ -501,10 +503,9 @@ class CenterLoss(nn.Module):
     ):
         super().__init__()
         self.rate = check_number("rate", rate, 0, 1)
-        shape = check_number("n_classes", n_classes, 2, whole=True), check_number(
-            "dimension", dimension, 1, whole=True
-        )
-        self.register_buffer("centers", torch.zeros(shape))
+        classes = check_number("n_classes", n_classes, 2, whole=True)
+        features = check_number("dimension", dimension, 1, whole=True)
+        self.register_buffer("centers", torch.zeros(classes, features))
 
     def membership(
         self,
@@ -516,9 +517,8 @@ class CenterLoss(nn.Module):
             for labels in (target.y_a, target.y_b):
                 check_labels(labels, n_classes, "CenterLoss")
             lam = target.lam.to(dtype)[:, None]
-            return lam * F.one_hot(target.y_a, n_classes) + (1 - lam) * F.one_hot(
-                target.y_b, n_classes
-            )
+            one, other = (F.one_hot(y, n_classes) for y in (target.y_a, target.y_b))
+            return lam * one + (1 - lam) * other
         check_labels(target, n_classes, "CenterLoss")
         return F.one_hot(target, n_classes).to(dtype)
 
@@ -701,12 +701,8 @@ class RegretLikelihood(TreeLikelihood):
             raise ValueError("likelihood, soft and regret are all 0, so nothing would be learned.")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0.")
-        self.likelihood, self.soft, self.regret, self.temperature = (
-            likelihood,
-            soft,
-            regret,
-            temperature,
-        )
+        self.likelihood, self.soft, self.regret = likelihood, soft, regret
+        self.temperature = temperature
 
     def forward(
         self,
@@ -715,7 +711,7 @@ class RegretLikelihood(TreeLikelihood):
         target: torch.Tensor,  # int64 [B, cells], −1 where nothing is known
         qindex: torch.Tensor,  # [B], 0–255
         regrets: torch.Tensor,  # float [B, cells, 10], NaN where unknown
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # scalar loss, and logits
         logits = model(x, qindex)
         total = self.likelihood * self.loss(logits, target, *x.shape[2:]) if self.likelihood else 0
         return total + self.cost(logits, regrets, *x.shape[2:]), logits
@@ -726,8 +722,8 @@ class RegretLikelihood(TreeLikelihood):
         regrets: torch.Tensor,  # float [B, cells, 10]
         height: int,  # of the crops in pixels
         width: int,  # of the crops in pixels
-    ):
-        """The two terms that need costs; a scalar.
+    ) -> torch.Tensor:  # scalar
+        """The two terms that need costs.
 
         Raises ValueError where costs and logits do not belong together.
         """
@@ -742,12 +738,9 @@ class RegretLikelihood(TreeLikelihood):
             here = values.isfinite().any(2)
             values = values[here].float()
             scores = type_log_probabilities(logits[:, cells][here], legal)[:, legal]
-            values = (
-                torch.where(values.isnan(), values.new_tensor(torch.inf), values) / self.temperature
-            )
+            values = torch.where(values.isnan(), torch.inf, values) / self.temperature
             expected = (scores.exp() * values.nan_to_num(posinf=1 / self.temperature)).sum(1)
             against = -(torch.softmax(-values, 1) * scores).sum(1)
-            total = total + self.weights[size] * (
-                self.regret * expected + self.soft * against
-            ).sum() / max(len(values), 1)
+            both = (self.regret * expected + self.soft * against).sum() / max(len(values), 1)
+            total = total + self.weights[size] * both
         return total

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEAST_PROBABILITY', 'checked_labels', 'checked_scores', 'reliability_table', 'expected_calibration_error',
-           'classification_report', 'Score', 'baselines', 'as_frame', 'comparison_frame', 'confusion_statistic',
-           'ranked_report', 'bootstrap_interval', 'seed_interval', 'compare_seeds', 'over_seeds', 'verdict']
+           'score_report', 'classification_report', 'Score', 'baselines', 'as_frame', 'comparison_frame',
+           'confusion_statistic', 'ranked_report', 'bootstrap_interval', 'seed_interval', 'compare_seeds', 'over_seeds',
+           'verdict']
 
 # %% ../nbs/16_metrics.ipynb #f4dedac9
 import math
@@ -123,6 +124,34 @@ def expected_calibration_error(
         ((table.accuracy - table.confidence).abs() * table.blocks).sum() / table.blocks.sum()
     )
 
+# %% ../nbs/16_metrics.ipynb #f105d160
+def score_report(
+    y_true: np.ndarray,  # true class numbers, int [N]
+    scores: ArrayLike,  # probabilities [N, C], or [N] of class 1 of two
+    n_classes: int,  # C
+    weights: ArrayLike | None = None,  # weight of each block [N]; None: each counts once
+    bins: int = 15,  # bins of the calibration error
+) -> dict[str, float]:  # auc, ece, brier, nll; NaN where one is not defined
+    "What probabilities are worth: area under the ROC curves, calibration, Brier score, likelihood."
+    from sklearn import metrics as sk
+
+    scores, classes = checked_scores(scores, len(y_true), n_classes), np.arange(n_classes)
+    one_hot = y_true[:, None] == classes
+    occurs = np.bincount(y_true, weights, n_classes) > 0
+    tested = np.flatnonzero(occurs) if n_classes > 2 else np.array([1])
+    found = dict.fromkeys(("auc", "ece", "brier", "nll"), math.nan)
+    if occurs.sum() > 1:
+        areas = [
+            sk.roc_auc_score(one_hot[:, c], scores[:, c], sample_weight=weights) for c in tested
+        ]
+        found["auc"] = float(np.mean(areas))
+    if weights is None:
+        found["ece"] = expected_calibration_error(scores, y_true, bins)
+    found["brier"] = float(np.average(((scores - one_hot) ** 2).sum(1), weights=weights))
+    if n_classes > 1:
+        found["nll"] = float(sk.log_loss(y_true, scores, labels=classes, sample_weight=weights))
+    return found
+
 # %% ../nbs/16_metrics.ipynb #6aee7699
 def classification_report(
     y_true: ArrayLike,  # true class numbers [N]
@@ -182,24 +211,7 @@ def classification_report(
         "class_names": names,
     }
     if scores is not None:
-        scores = checked_scores(scores, len(y_true), n)
-        one_hot = y_true[:, None] == classes
-        tested = np.flatnonzero(occurs) if n > 2 else np.array([1])
-        if occurs.sum() > 1:
-            report["auc"] = float(
-                np.mean([
-                    sk.roc_auc_score(one_hot[:, c], scores[:, c], sample_weight=weights)
-                    for c in tested
-                ])
-            )
-        if weights is None:
-            report["ece"] = expected_calibration_error(scores, y_true, bins)
-        report["brier"] = float(np.average(((scores - one_hot) ** 2).sum(1), weights=weights))
-        report["nll"] = (
-            float(sk.log_loss(y_true, scores, labels=classes, sample_weight=weights))
-            if n > 1
-            else math.nan
-        )
+        report |= score_report(y_true, scores, n, weights, bins)
     return report
 
 # %% ../nbs/16_metrics.ipynb #eeffecc0
@@ -322,11 +334,10 @@ LEAST_PROBABILITY = 1e-9  # what a probability of 0 for the true class counts as
 
 
 def ranked_report(
-    y_true,  # true class numbers [N]
-    scores,  # probabilities [N, C]
-    class_names,  # names of the classes, in the order of their numbers
-    # decided class numbers [N], which count as the first answer; None: the most probable classes
-    decided=None,
+    y_true: ArrayLike,  # true class numbers [N]
+    scores: ArrayLike,  # probabilities [N, C]
+    class_names: Sequence[str],  # names of the classes, in the order of their numbers
+    decided: ArrayLike | None = None,  # [N], the first answer; None: the most probable class
 ) -> dict:
     """How well ranked classes foretell the true ones, as plain numbers.
 
