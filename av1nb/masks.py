@@ -57,10 +57,27 @@ def _require_words(bits):
                 " that size. The table is damaged."
             )
 
-# %% ../nbs/24_masks.ipynb #25cc3a30
+# %% ../nbs/24_masks.ipynb #40ac8688
 _MAGIC = b"PMSK"
 
 
+def _words_of_file(data):
+    "Words of a stored table, checked for their number only."
+    if data[:4] != _MAGIC or len(data) < 16:
+        raise ValueError(
+            f"This is not a mask table: it does not begin with {_MAGIC.decode()} and three"
+            " dimensions."
+        )
+    frames, rows, cols = struct.unpack("<3I", data[4:16])
+    shape = (frames, len(SIZES), rows, cols)
+    if len(data) != (wanted := 16 + 2 * math.prod(shape)):
+        raise ValueError(
+            f"The file is cut off or damaged: a mask table of {frames} frames of {cols}×{rows}"
+            f" blocks has {wanted} bytes, this one {len(data)}."
+        )
+    return np.frombuffer(data, "<u2", offset=16).reshape(shape).astype(np.uint16)
+
+# %% ../nbs/24_masks.ipynb #25cc3a30
 @dataclass(eq=False)
 class MaskTable:
     """Allowed partition types of every block of every frame.
@@ -129,23 +146,6 @@ class MaskTable:
                 f" {self.bits.shape[3]}×{self.bits.shape[2]} blocks of 8×8; {frames} frames of"
                 f" {width}×{height} pixels have {cols}×{rows}."
             )
-
-
-def _words_of_file(data):
-    "Words of a stored table, checked for their number only."
-    if data[:4] != _MAGIC or len(data) < 16:
-        raise ValueError(
-            f"This is not a mask table: it does not begin with {_MAGIC.decode()} and three"
-            " dimensions."
-        )
-    frames, rows, cols = struct.unpack("<3I", data[4:16])
-    shape = (frames, len(SIZES), rows, cols)
-    if len(data) != (wanted := 16 + 2 * math.prod(shape)):
-        raise ValueError(
-            f"The file is cut off or damaged: a mask table of {frames} frames of {cols}×{rows}"
-            f" blocks has {wanted} bytes, this one {len(data)}."
-        )
-    return np.frombuffer(data, "<u2", offset=16).reshape(shape).astype(np.uint16)
 
 # %% ../nbs/24_masks.ipynb #52578494
 def uniform_masks(
@@ -216,6 +216,26 @@ def describe_masks(
         )
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("size")
 
+# %% ../nbs/24_masks.ipynb #175ab775
+def _require_setting(name, size, setting, top):
+    "Raise `ValueError` unless a setting names a block size and lies between 0 and `top`."
+    if size not in SIZES:
+        raise ValueError(
+            f"{name} names the block size {size}; there are {', '.join(map(str, SIZES))}."
+        )
+    for value in setting.values() if isinstance(setting, Mapping) else (setting,):
+        if not 0 <= value <= top:
+            raise ValueError(
+                f"{name} of {size}×{size} blocks is {value}; it must be from 0 to {top}."
+            )
+
+
+def _whole_keys(value):
+    "The same nested mapping with whole numbers as keys."
+    if not isinstance(value, Mapping):
+        return value
+    return {int(k): _whole_keys(v) for k, v in value.items()}
+
 # %% ../nbs/24_masks.ipynb #0bef95aa
 _Setting = float | Mapping[int, float]  # one number, or a number for each of some qindexes
 
@@ -274,26 +294,6 @@ class MaskPolicy:
     ) -> "MaskPolicy":
         "Inverse of `to_dict`."
         return cls(**{name: _whole_keys(value) for name, value in settings.items()})
-
-
-def _require_setting(name, size, setting, top):
-    "Raise `ValueError` unless a setting names a block size and lies between 0 and `top`."
-    if size not in SIZES:
-        raise ValueError(
-            f"{name} names the block size {size}; there are {', '.join(map(str, SIZES))}."
-        )
-    for value in setting.values() if isinstance(setting, Mapping) else (setting,):
-        if not 0 <= value <= top:
-            raise ValueError(
-                f"{name} of {size}×{size} blocks is {value}; it must be from 0 to {top}."
-            )
-
-
-def _whole_keys(value):
-    "The same nested mapping with whole numbers as keys."
-    if not isinstance(value, Mapping):
-        return value
-    return {int(k): _whole_keys(v) for k, v in value.items()}
 
 # %% ../nbs/24_masks.ipynb #7ea9511f
 def _words(probability, possible, tau, keep, doubt, lift, where):
