@@ -826,9 +826,12 @@ def report_text(
         )
         if report[key]
     )
-    said = [f"{report['nodes']} nodes of {report['frames']} intra frames"]
+    frames = f"{report['frames']} intra frame{'s' * (report['frames'] != 1)}"
+    said = [f"{report['nodes']} nodes of {frames}"]
     said[0] += f"; left out: {left_out}" if left_out else ""
-    if len(table) > rows:
+    if table["qindex"].nunique() == 2:
+        table = table[table["qindex"] != "all"]  # there is but one quantiser
+    elif len(table) > rows:
         said.append(f"{table['qindex'].nunique() - 1} quantisers: all together, the rest is stored")
         table = table[table["qindex"] == "all"]
     return "\n".join([

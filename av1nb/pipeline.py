@@ -719,7 +719,7 @@ def predict_nodes(
 ) -> Predictions:  # in the order of the nodes, with what every stage says of each
     "What a cascade says of the nodes of one frame, each at its own qindex."
     blocks = extract_blocks(luma, nodes["row"].to_numpy(), nodes["col"].to_numpy(), 16)
-    qindex = torch.from_numpy(nodes["qindex"].to_numpy(np.int64))
+    qindex = torch.tensor(nodes["qindex"].to_numpy(np.int64))
     return pipeline.predict(torch.from_numpy(blocks[:, None]), qindex=qindex, unrouted=True)
 
 

@@ -150,6 +150,6 @@ def test_predict_and_evaluate_on_a_new_video(small_run, tmp_path):
     ).stdout
     nodes = next(iter(streams.read_trees(tmp_path / "new.ivf"))).nodes().query("size == 16")
     report = json.loads((tmp_path / "e.json").read_text())
-    assert report["nodes"] == len(nodes) and f"{len(nodes)} nodes of 1 intra frames" in said
+    assert report["nodes"] == len(nodes) and f"{len(nodes)} nodes of 1 intra frame" in said
     assert "the cascade v6" in said and {row["size"] for row in report["levels"]} == {16}
     assert (tmp_path / "e.png").stat().st_size > 1000
