@@ -106,7 +106,7 @@ class Obu:
         )
         return head + leb128(len(self.payload)) + self.payload
 
-
+# %% ../nbs/02_bitstream.ipynb #5d0c1401
 def split_obus(
     data: bytes,  # one temporal unit, or any run of whole OBUs
     sized: bool = True,  # False: exactly one OBU, whose size is known from outside (Annex B)
@@ -477,6 +477,18 @@ def _item_properties(content):
                     found.setdefault(number, []).append(known[index - 1])
     return found
 
+# %% ../nbs/02_bitstream.ipynb #5d0c1402
+def _item_references(content):
+    "References between items, from the content of `iref`."
+    if not content:
+        return
+    file = io.BytesIO(content)
+    size = 32 if content[0] else 16
+    for one in boxes(file, 4, len(content)):
+        bits = Bits(one.content(file))
+        start = bits.read(size)
+        yield one.kind, start, tuple(bits.read(size) for _ in range(bits.read(16)))
+
 # %% ../nbs/02_bitstream.ipynb #5d0c11b3
 @dataclass(frozen=True)
 class Items:
@@ -529,18 +541,6 @@ class Items:
             for one in targets
         )
 
-
-def _item_references(content):
-    "References between items, from the content of `iref`."
-    if not content:
-        return
-    file = io.BytesIO(content)
-    size = 32 if content[0] else 16
-    for one in boxes(file, 4, len(content)):
-        bits = Bits(one.content(file))
-        start = bits.read(size)
-        yield one.kind, start, tuple(bits.read(size) for _ in range(bits.read(16)))
-
 # %% ../nbs/02_bitstream.ipynb #5d0c11b5
 @dataclass(frozen=True)
 class Part:
@@ -583,7 +583,7 @@ class Contents:
         more = " …" if len(self.parts) > 8 else ""
         raise ValueError(f"{what}; name one of the parts {names}{more}, or label the whole file")
 
-
+# %% ../nbs/02_bitstream.ipynb #5d0c1404
 def _item_obus(file, item):
     "OBUs of a coded item; the sequence header of its property `av1C` first where it has none."
     obus = split_obus(item.data(file))
@@ -699,7 +699,7 @@ def _announced_end(head, file):
         position += size
     return position
 
-
+# %% ../nbs/02_bitstream.ipynb #5d0c1406
 def _child(file, box, *kinds):
     "Box that is reached by this path of types; None if there is none."
     for kind in kinds:
@@ -834,7 +834,7 @@ def _av1_track(path, container, handlers, default):
         raise StreamError(f"{path} holds no AV1 video (it holds {others}).")
     return next((s for s in found if s.disposition & default), found[0])
 
-
+# %% ../nbs/02_bitstream.ipynb #5d0c1405
 def _demuxed_units(path, meta=None, handlers=()):
     "Packets of the AV1 track of a container."
     try:

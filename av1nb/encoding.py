@@ -21,7 +21,7 @@ if sys.platform != "win32":
 import numpy as np
 
 from .files import write_bytes
-from .libaom import Libaom, LibaomError, _Buffer, _Context, _HIGH_BIT_DEPTH
+from .libaom import Libaom, LibaomError, _Buffer, _Context, _HIGH_BIT_DEPTH, _default_config
 from .streams import Trees, load_libaom
 
 # %% ../nbs/05_encoding.ipynb #b64e6e4a
@@ -178,7 +178,7 @@ def _checked_planes(picture, number, bit_depth, size):
             )
     return planes
 
-# %% ../nbs/05_encoding.ipynb #b083e44b
+# %% ../nbs/05_encoding.ipynb #5d0c1422
 _USE_HIGH_BIT_DEPTH, _I420, _GET_LAST_QUANTIZER = 0x40000, 0x102, 19
 
 
@@ -191,6 +191,40 @@ def _user_seconds():
     )
 
 
+def _packets(libaom, context):
+    "Packets that wait in an encoder: (kind, presentation time, bytes, quantiser index)."
+    position, qindex = ctypes.c_void_p(), ctypes.c_int()
+    while packet := libaom.aom_codec_get_cx_data(context, ctypes.byref(position)):
+        kind, data = packet.contents.kind, packet.contents.data
+        if kind == 0:
+            if libaom.aom_codec_control(context, _GET_LAST_QUANTIZER, ctypes.byref(qindex)):
+                raise LibaomError(
+                    f"{libaom.name} is not supported for encoding: it does not tell the"
+                    " quantiser of a frame."
+                )
+            yield (
+                kind,
+                data.frame.pts,
+                ctypes.string_at(data.frame.buf, data.frame.sz),
+                qindex.value,
+            )
+        elif kind == 1:
+            yield kind, 0, ctypes.string_at(data.stats.buf, data.stats.sz), 0
+
+
+def _image_planes(image, config):
+    "The three planes of an image of libaom as arrays on its memory, neutral grey."
+    image.bit_depth, planes = config.g_bit_depth, []
+    dtype = np.dtype(np.uint16 if config.g_bit_depth > 8 else np.uint8)
+    chroma = (config.g_h + 1) // 2, (config.g_w + 1) // 2
+    for i, shape in enumerate(((config.g_h, config.g_w), chroma, chroma)):
+        memory = (ctypes.c_ubyte * (image.stride[i] * shape[0])).from_address(image.planes[i])
+        strides = (image.stride[i], dtype.itemsize)
+        planes.append(np.ndarray(shape, dtype, memory, strides=strides))
+        planes[i][:] = 1 << (config.g_bit_depth - 1)
+    return planes
+
+# %% ../nbs/05_encoding.ipynb #b083e44b
 class _Encoder:
     "An encoder of libaom for one pass, as a context manager."
 
@@ -224,21 +258,7 @@ class _Encoder:
         except BaseException:
             libaom.aom_codec_destroy(context)
             raise
-        image = self.image.contents
-        image.bit_depth = config.g_bit_depth
-        self.planes = []
-        for i in range(3):
-            shape = (
-                (config.g_h, config.g_w)
-                if i == 0
-                else ((config.g_h + 1) // 2, (config.g_w + 1) // 2)
-            )
-            memory = (ctypes.c_ubyte * (image.stride[i] * shape[0])).from_address(image.planes[i])
-            dtype = np.dtype(np.uint16 if high else np.uint8)
-            self.planes.append(
-                np.ndarray(shape, dtype, memory, strides=(image.stride[i], dtype.itemsize))
-            )
-            self.planes[i][:] = 1 << (config.g_bit_depth - 1)
+        self.planes = _image_planes(self.image.contents, config)
 
     def __enter__(self):
         return self
@@ -266,25 +286,7 @@ class _Encoder:
                 f"libaom {self.libaom.version} could not encode picture {time}:"
                 f" {self.libaom.error_text(code, self.context)}."
             )
-        position, qindex = ctypes.c_void_p(), ctypes.c_int()
-        while packet := self.libaom.aom_codec_get_cx_data(context, ctypes.byref(position)):
-            kind, data = packet.contents.kind, packet.contents.data
-            if kind == 0:
-                if self.libaom.aom_codec_control(
-                    context, _GET_LAST_QUANTIZER, ctypes.byref(qindex)
-                ):
-                    raise LibaomError(
-                        f"{self.libaom.name} is not supported for encoding: it does not tell the"
-                        " quantiser of a frame."
-                    )
-                yield (
-                    kind,
-                    data.frame.pts,
-                    ctypes.string_at(data.frame.buf, data.frame.sz),
-                    qindex.value,
-                )
-            elif kind == 1:
-                yield kind, 0, ctypes.string_at(data.stats.buf, data.stats.sz), 0
+        yield from _packets(self.libaom, context)
 
 # %% ../nbs/05_encoding.ipynb #829c09a5
 def _run_encoder(libaom, config, settings, pictures):
@@ -307,13 +309,13 @@ def _run_encoder(libaom, config, settings, pictures):
 
 def _encoder_config(libaom, mode, size, bit_depth):
     "Configuration for constant quality; in good quality with only key frames."
-    config = libaom.default_config(_USAGE[mode])
+    config = _default_config(libaom, _USAGE[mode])
     config.g_w, config.g_h = size
     config.g_bit_depth = config.g_input_bit_depth = bit_depth
     config.rc_end_usage, config.kf_max_dist = 3, 0
     return config
 
-
+# %% ../nbs/05_encoding.ipynb #5d0c1421
 @lru_cache(maxsize=None)
 def _check_encoder(libaom):
     libaom.bind_encoder()
@@ -341,6 +343,84 @@ def _check_encoder(libaom):
         raise LibaomError(
             f"{refused} a test picture came back as {found} instead of with quantiser index 220."
         )
+
+# %% ../nbs/05_encoding.ipynb #5d0c1424
+def _require_possible(mode, cq_level, cpu_used, threads, bit_depth, fps):
+    "Raise `ValueError` for arguments that no encode takes."
+    if mode not in _USAGE:
+        raise ValueError(f'mode is {mode!r}; it must be "allintra" or "good".')
+    top_speed = 9 if mode == "allintra" else 6
+    for name, value, low, high in (
+        ("cq_level", cq_level, 0, 63),
+        ("cpu_used", cpu_used, 0, top_speed),
+        ("threads", threads, 1, 64),
+    ):
+        if (
+            not isinstance(value, (int, np.integer))
+            or isinstance(value, bool)
+            or not low <= value <= high
+        ):
+            where = f" in mode {mode!r}" if name == "cpu_used" else ""
+            raise ValueError(
+                f"{name} is {value!r}; it must be a whole number from {low} to {high}{where}."
+            )
+    if bit_depth not in (8, 10):
+        raise ValueError(f"bit_depth is {bit_depth}; it must be 8 or 10.")
+    if len(fps) != 2 or min(fps) < 1:
+        raise ValueError(
+            f"fps is {fps}; it must be a numerator and a denominator, both at least 1."
+        )
+
+
+def _settings(mode, passes, cpu_used, cq_level, options):
+    "Options of libaom by name, as text; the further ones last."
+    most_passes = 1 if mode == "allintra" else 2
+    passes = most_passes if passes is None else passes
+    if passes not in (1, most_passes):
+        raise ValueError(
+            f"passes is {passes}; in mode {mode!r} it must be"
+            f" {'1' if most_passes == 1 else '1 or 2'}."
+        )
+    further = {
+        str(k).lstrip("-"): str(int(v) if isinstance(v, bool) else v)
+        for k, v in (options or {}).items()
+    }
+    if clash := sorted(_OWN_OPTIONS & further.keys()):
+        raise ValueError(
+            f"The option {clash[0]!r} is set by an argument of encode, not by options."
+        )
+    own = {"passes": passes, "cpu-used": cpu_used, "cq-level": cq_level}
+    return {name: str(value) for name, value in own.items()} | further
+
+# %% ../nbs/05_encoding.ipynb #5d0c1425
+def _all_planes(planes, size, bit_depth, monochrome):
+    "Checked planes of all pictures; they have one size."
+    if isinstance(planes, np.ndarray) and planes.ndim == 2:
+        planes = [planes]
+    pictures = []
+    for number, picture in enumerate(planes):
+        pictures.append(_checked_planes(picture, number, bit_depth, size))
+        size = pictures[0][0].shape[::-1]
+        if monochrome and len(pictures[-1]) > 1:
+            raise ValueError(
+                f"Picture {number} has chroma planes, but monochrome is set: pass luma alone."
+            )
+    if not pictures:
+        raise ValueError("There is no picture to encode.")
+    return pictures
+
+
+def _configure(config, settings, threads, monochrome, fps):
+    "Set what is a field of the configuration; the settings that are options of the encoder."
+    config.g_threads, config.monochrome = threads, int(monochrome)
+    config.g_timebase_num, config.g_timebase_den = fps[1], fps[0]
+    for name in [name for name in settings if name in _CONFIG_OPTIONS]:
+        if not settings[name].isdigit():
+            raise ValueError(
+                f"The option {name!r} has the value {settings[name]!r}; it must be a whole number."
+            )
+        setattr(config, _CONFIG_OPTIONS[name], int(settings[name]))
+    return {name: value for name, value in settings.items() if name not in _CONFIG_OPTIONS}
 
 # %% ../nbs/05_encoding.ipynb #e8a18d8e
 def encode(
@@ -371,80 +451,15 @@ def encode(
     frames. Raises `ValueError` for pictures or options that do not fit (naming them), `LibaomError`
     for the library, `OSError` if the file cannot be written.
     """
-    if mode not in _USAGE:
-        raise ValueError(f'mode is {mode!r}; it must be "allintra" or "good".')
-    top_speed = 9 if mode == "allintra" else 6
-    for name, value, low, high in (
-        ("cq_level", cq_level, 0, 63),
-        ("cpu_used", cpu_used, 0, top_speed),
-        ("threads", threads, 1, 64),
-    ):
-        if (
-            not isinstance(value, (int, np.integer))
-            or isinstance(value, bool)
-            or not low <= value <= high
-        ):
-            where = f" in mode {mode!r}" if name == "cpu_used" else ""
-            raise ValueError(
-                f"{name} is {value!r}; it must be a whole number from {low} to {high}{where}."
-            )
-    if bit_depth not in (8, 10):
-        raise ValueError(f"bit_depth is {bit_depth}; it must be 8 or 10.")
-    most_passes = 1 if mode == "allintra" else 2
-    if passes is None:
-        passes = most_passes
-    if passes not in (1, most_passes):
-        raise ValueError(
-            f"passes is {passes}; in mode {mode!r} it must be"
-            f" {'1' if most_passes == 1 else '1 or 2'}."
-        )
-    if len(fps) != 2 or min(fps) < 1:
-        raise ValueError(
-            f"fps is {fps}; it must be a numerator and a denominator, both at least 1."
-        )
-    settings = {
-        str(k).lstrip("-"): str(int(v) if isinstance(v, bool) else v)
-        for k, v in (options or {}).items()
-    }
-    if clash := sorted(_OWN_OPTIONS & settings.keys()):
-        raise ValueError(
-            f"The option {clash[0]!r} is set by an argument of encode, not by options."
-        )
+    _require_possible(mode, cq_level, cpu_used, threads, bit_depth, fps)
+    settings = _settings(mode, passes, cpu_used, cq_level, options)
     libaom = libaom or load_libaom()
-
-    if isinstance(planes, np.ndarray) and planes.ndim == 2:
-        planes = [planes]
-    pictures, size = [], None if width is None and height is None else (width, height)
-    for number, picture in enumerate(planes):
-        pictures.append(_checked_planes(picture, number, bit_depth, size))
-        size = pictures[0][0].shape[::-1]
-        if monochrome and len(pictures[-1]) > 1:
-            raise ValueError(
-                f"Picture {number} has chroma planes, but monochrome is set: pass luma alone."
-            )
-    if not pictures:
-        raise ValueError("There is no picture to encode.")
-
+    size = None if width is None and height is None else (width, height)
+    pictures = _all_planes(planes, size, bit_depth, monochrome)
+    size = pictures[0][0].shape[::-1]
     _check_encoder(libaom)
     config = _encoder_config(libaom, mode, size, bit_depth)
-    config.g_threads, config.monochrome, config.g_timebase_num, config.g_timebase_den = (
-        threads,
-        int(monochrome),
-        fps[1],
-        fps[0],
-    )
-    for name in [n for n in settings if n in _CONFIG_OPTIONS]:
-        if not settings[name].isdigit():
-            raise ValueError(
-                f"The option {name!r} has the value {settings[name]!r}; it must be a whole number."
-            )
-        setattr(config, _CONFIG_OPTIONS[name], int(settings.pop(name)))
-    settings = {
-        "passes": str(passes),
-        "cpu-used": str(cpu_used),
-        "cq-level": str(cq_level),
-    } | settings
-
+    settings = _configure(config, settings, threads, monochrome, fps)
     packets, seconds = _run_encoder(libaom, config, settings, pictures)
     head = struct.pack("<4sHH4sHHIIII", b"DKIF", 0, 32, b"AV01", *size, *fps, len(packets), 0)
     ivf = head + b"".join(

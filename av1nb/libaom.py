@@ -40,23 +40,9 @@ class _Image(ctypes.Structure):  # aom_image_t
     _fields_ = [
         (name, ctypes.c_uint)
         for name in (
-            "fmt",
-            "cp",
-            "tc",
-            "mc",
-            "monochrome",
-            "csp",
-            "range",
-            "w",
-            "h",
-            "bit_depth",
-            "d_w",
-            "d_h",
-            "r_w",
-            "r_h",
-            "x_chroma_shift",
-            "y_chroma_shift",
-        )
+            "fmt cp tc mc monochrome csp range w h bit_depth d_w d_h r_w r_h x_chroma_shift "
+            "y_chroma_shift"
+        ).split()
     ]
     _fields_ += [
         ("planes", ctypes.c_void_p * 3),
@@ -92,64 +78,29 @@ class _PacketData(ctypes.Union):
 class _Packet(ctypes.Structure):  # aom_codec_cx_pkt_t
     _fields_ = [("kind", ctypes.c_int), ("data", _PacketData)]
 
-
+# %% ../nbs/03_libaom.ipynb #5d0c1411
 class _EncoderConfig(ctypes.Structure):  # aom_codec_enc_cfg_t
     _fields_ = [
         (name, ctypes.c_uint)
         for name in (
-            "g_usage",
-            "g_threads",
-            "g_profile",
-            "g_w",
-            "g_h",
-            "g_limit",
-            "g_forced_max_frame_width",
-            "g_forced_max_frame_height",
-            "g_bit_depth",
-            "g_input_bit_depth",
-            "g_timebase_num",
-            "g_timebase_den",
-            "g_error_resilient",
-            "g_pass",
-            "g_lag_in_frames",
-            "rc_dropframe_thresh",
-            "rc_resize_mode",
-            "rc_resize_denominator",
-            "rc_resize_kf_denominator",
-            "rc_superres_mode",
-            "rc_superres_denominator",
-            "rc_superres_kf_denominator",
-            "rc_superres_qthresh",
-            "rc_superres_kf_qthresh",
-            "rc_end_usage",
-        )
+            "g_usage g_threads g_profile g_w g_h g_limit g_forced_max_frame_width "
+            "g_forced_max_frame_height g_bit_depth g_input_bit_depth g_timebase_num "
+            "g_timebase_den g_error_resilient g_pass g_lag_in_frames rc_dropframe_thresh "
+            "rc_resize_mode rc_resize_denominator rc_resize_kf_denominator rc_superres_mode "
+            "rc_superres_denominator rc_superres_kf_denominator rc_superres_qthresh "
+            "rc_superres_kf_qthresh rc_end_usage"
+        ).split()
     ]
     _fields_ += [("rc_twopass_stats_in", _Buffer), ("rc_firstpass_mb_stats_in", _Buffer)]
     _fields_ += [
         (name, ctypes.c_uint)
         for name in (
-            "rc_target_bitrate",
-            "rc_min_quantizer",
-            "rc_max_quantizer",
-            "rc_undershoot_pct",
-            "rc_overshoot_pct",
-            "rc_buf_sz",
-            "rc_buf_initial_sz",
-            "rc_buf_optimal_sz",
-            "rc_2pass_vbr_bias_pct",
-            "rc_2pass_vbr_minsection_pct",
-            "rc_2pass_vbr_maxsection_pct",
-            "fwd_kf_enabled",
-            "kf_mode",
-            "kf_min_dist",
-            "kf_max_dist",
-            "sframe_dist",
-            "sframe_mode",
-            "large_scale_tile",
-            "monochrome",
-            "full_still_picture_hdr",
-            "save_as_annexb",
-        )
+            "rc_target_bitrate rc_min_quantizer rc_max_quantizer rc_undershoot_pct "
+            "rc_overshoot_pct rc_buf_sz rc_buf_initial_sz rc_buf_optimal_sz "
+            "rc_2pass_vbr_bias_pct rc_2pass_vbr_minsection_pct rc_2pass_vbr_maxsection_pct "
+            "fwd_kf_enabled kf_mode kf_min_dist kf_max_dist sframe_dist sframe_mode "
+            "large_scale_tile monochrome full_still_picture_hdr save_as_annexb"
+        ).split()
     ]
     _fields_ += [("spare", ctypes.c_byte * 8192)]
 
@@ -189,10 +140,53 @@ def find_libaom(
         " AV1NB_LIBAOM."
     )
 
-# %% ../nbs/03_libaom.ipynb #955d9f7e
+# %% ../nbs/03_libaom.ipynb #5d0c1412
+_ADDRESS, _TEXT, _NUMBER, _COUNT = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint
+_CONTEXT, _IMAGE = ctypes.POINTER(_Context), ctypes.POINTER(_Image)
+_CONFIG, _POSITION = ctypes.POINTER(_EncoderConfig), ctypes.POINTER(_ADDRESS)
+# function -> type of its result, then types of its (fixed) arguments
+_DECODER_FUNCTIONS = {
+    "aom_codec_version_str": (_TEXT,),
+    "aom_codec_av1_dx": (_ADDRESS,),
+    "aom_codec_dec_init_ver": (_NUMBER, _CONTEXT, _ADDRESS, _ADDRESS, ctypes.c_long, _NUMBER),
+    "aom_codec_decode": (_NUMBER, _CONTEXT, _TEXT, ctypes.c_size_t, _ADDRESS),
+    "aom_codec_get_frame": (_IMAGE, _CONTEXT, _POSITION),
+    "aom_codec_control": (_NUMBER, _CONTEXT, _NUMBER),
+    "aom_codec_destroy": (_NUMBER, _CONTEXT),
+    "aom_codec_err_to_string": (_TEXT, _NUMBER),
+    "aom_codec_error_detail": (_TEXT, _CONTEXT),
+}
+_ENCODER_FUNCTIONS = {
+    "aom_codec_av1_cx": (_ADDRESS,),
+    "aom_codec_enc_config_default": (_NUMBER, _ADDRESS, _CONFIG, _COUNT),
+    "aom_codec_enc_init_ver": (_NUMBER, _CONTEXT, _ADDRESS, _CONFIG, ctypes.c_long, _NUMBER),
+    "aom_codec_set_option": (_NUMBER, _CONTEXT, _TEXT, _TEXT),
+    "aom_codec_encode": (_NUMBER, _CONTEXT, _IMAGE, ctypes.c_int64, ctypes.c_ulong, ctypes.c_long),
+    "aom_codec_get_cx_data": (ctypes.POINTER(_Packet), _CONTEXT, _POSITION),
+    "aom_img_alloc": (_IMAGE, _ADDRESS, _COUNT, _COUNT, _COUNT, _COUNT),
+    "aom_img_free": (None, _IMAGE),
+}
+
+# %% ../nbs/03_libaom.ipynb #5d0c1441
 _ABI_MISMATCH = 3
 
 
+def _find_abi(libaom, what, init, iface, config=None):
+    "The one ABI version that a library accepts: it refuses all others."
+    for version in range(1, 128):
+        context = _Context()
+        code = init(
+            ctypes.byref(context), iface, ctypes.byref(config) if config else None, 0, version
+        )
+        if code == 0:
+            libaom.aom_codec_destroy(ctypes.byref(context))
+        if code != _ABI_MISMATCH:
+            return version
+    raise LibaomError(
+        f"{libaom.name} is not supported: it accepts none of the {what} ABI versions 1 to 127."
+    )
+
+# %% ../nbs/03_libaom.ipynb #955d9f7e
 class Libaom:
     """One loaded libaom.
 
@@ -211,155 +205,41 @@ class Libaom:
             raise LibaomError(
                 f"{self.path} cannot be loaded as a shared library: {error}."
             ) from error
-        context, address, text, number = (
-            ctypes.POINTER(_Context),
-            ctypes.c_void_p,
-            ctypes.c_char_p,
-            ctypes.c_int,
-        )
-        self._bind("aom_codec_version_str", text)
+        self._bind(_DECODER_FUNCTIONS)
         self.version = self.aom_codec_version_str().decode().lstrip("v")
-        self._bind("aom_codec_av1_dx", address)
-        self._bind(
-            "aom_codec_dec_init_ver", number, context, address, address, ctypes.c_long, number
+        self.decoder_abi = _find_abi(
+            self, "decoder", self.aom_codec_dec_init_ver, self.aom_codec_av1_dx()
         )
-        self._bind("aom_codec_decode", number, context, text, ctypes.c_size_t, address)
-        self._bind("aom_codec_get_frame", ctypes.POINTER(_Image), context, ctypes.POINTER(address))
-        self._bind("aom_codec_control", number, context, number)
-        self._bind("aom_codec_destroy", number, context)
-        self._bind("aom_codec_err_to_string", text, number)
-        self._bind("aom_codec_error_detail", text, context)
-        self.decoder_abi = self._find_abi(
-            "decoder", self.aom_codec_dec_init_ver, self.aom_codec_av1_dx()
-        )
-        self.control_address = ctypes.cast(self.aom_codec_control, address).value
+        self.control_address = ctypes.cast(self.aom_codec_control, _ADDRESS).value
         # found when an encoder is first wanted: a library may be without one
         self.encoder_abi = None
 
-    def _bind(self, name, result, *arguments):
-        try:
-            function = getattr(self._lib, name)
-        except AttributeError:
-            raise LibaomError(
-                f"{self.path} has no function {name}: it is not libaom, or was built without that"
-                " part."
-            ) from None
-        function.restype, function.argtypes = result, arguments
-        setattr(self, name, function)
-
-    def _find_abi(self, what, init, iface, config=None):
-        for version in range(1, 128):
-            context = _Context()
-            code = init(
-                ctypes.byref(context), iface, ctypes.byref(config) if config else None, 0, version
-            )
-            if code == 0:
-                self.aom_codec_destroy(ctypes.byref(context))
-            if code != _ABI_MISMATCH:
-                return version
-        raise LibaomError(
-            f"{self.name} is not supported: it accepts none of the {what} ABI versions 1 to 127."
-        )
+    def _bind(self, functions):
+        for name, (result, *arguments) in functions.items():
+            try:
+                function = getattr(self._lib, name)
+            except AttributeError:
+                raise LibaomError(
+                    f"{self.path} has no function {name}: it is not libaom, or was built without"
+                    " that part."
+                ) from None
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
 
     def bind_encoder(self):
         """Bind the encoder's functions and check the layout of its configuration.
 
         Raises `LibaomError` if it is not the expected one.
         """
-        if self.encoder_abi is not None:
-            return
-        context, address, text, number = (
-            ctypes.POINTER(_Context),
-            ctypes.c_void_p,
-            ctypes.c_char_p,
-            ctypes.c_int,
-        )
-        self._bind("aom_codec_av1_cx", address)
-        self._bind(
-            "aom_codec_enc_config_default",
-            number,
-            address,
-            ctypes.POINTER(_EncoderConfig),
-            ctypes.c_uint,
-        )
-        self._bind(
-            "aom_codec_enc_init_ver",
-            number,
-            context,
-            address,
-            ctypes.POINTER(_EncoderConfig),
-            ctypes.c_long,
-            number,
-        )
-        self._bind("aom_codec_set_option", number, context, text, text)
-        self._bind(
-            "aom_codec_encode",
-            number,
-            context,
-            ctypes.POINTER(_Image),
-            ctypes.c_int64,
-            ctypes.c_ulong,
-            ctypes.c_long,
-        )
-        self._bind(
-            "aom_codec_get_cx_data", ctypes.POINTER(_Packet), context, ctypes.POINTER(address)
-        )
-        self._bind(
-            "aom_img_alloc",
-            ctypes.POINTER(_Image),
-            address,
-            ctypes.c_uint,
-            ctypes.c_uint,
-            ctypes.c_uint,
-            ctypes.c_uint,
-        )
-        self._bind("aom_img_free", None, ctypes.POINTER(_Image))
-        config = self.default_config(0)
-        self.encoder_abi = self._find_abi(
-            "encoder", self.aom_codec_enc_init_ver, self.aom_codec_av1_cx(), config
-        )
-
-    def default_config(
-        self,
-        usage: int,  # 0 good quality, 2 all intra
-    ) -> _EncoderConfig:  # libaom's own defaults
-        "Default configuration of the encoder, checked field by field where the value is known."
-        config = _EncoderConfig()
-        if code := self.aom_codec_enc_config_default(
-            self.aom_codec_av1_cx(), ctypes.byref(config), usage
-        ):
-            raise LibaomError(
-                f"{self.name} has no default configuration for usage {usage}:"
-                f" {self.error_text(code)}."
+        if self.encoder_abi is None:
+            self._bind(_ENCODER_FUNCTIONS)
+            self.encoder_abi = _find_abi(
+                self,
+                "encoder",
+                self.aom_codec_enc_init_ver,
+                self.aom_codec_av1_cx(),
+                _default_config(self, 0),
             )
-        expected = dict(
-            g_usage=usage,
-            g_w=320,
-            g_h=240,
-            g_bit_depth=8,
-            g_input_bit_depth=8,
-            g_timebase_num=1,
-            g_timebase_den=30,
-            rc_resize_denominator=8,
-            rc_superres_denominator=8,
-            rc_superres_qthresh=63,
-            rc_superres_kf_qthresh=32,
-            rc_end_usage=3 if usage == 2 else 0,
-            rc_min_quantizer=0,
-            rc_max_quantizer=63,
-            kf_min_dist=0,
-            kf_max_dist=0 if usage == 2 else 9999,
-            monochrome=0,
-            full_still_picture_hdr=0,
-            save_as_annexb=0,
-        )
-        for field_name, value in expected.items():
-            if (found := getattr(config, field_name)) != value:
-                raise LibaomError(
-                    f"{self.name} is not supported for encoding: "
-                    f"its configuration has {found} where {field_name} = {value} is expected."
-                )
-        return config
 
     def error_text(
         self,
@@ -377,6 +257,48 @@ class Libaom:
 
     def __repr__(self):
         return f"Libaom({self.version}, {self.source}: {self.path})"
+
+# %% ../nbs/03_libaom.ipynb #5d0c1414
+def _default_config(libaom, usage):
+    """libaom's own default configuration of the encoder (usage 0 good quality, 2 all intra),
+    checked field by field where the value is known.
+    """
+    config = _EncoderConfig()
+    if code := libaom.aom_codec_enc_config_default(
+        libaom.aom_codec_av1_cx(), ctypes.byref(config), usage
+    ):
+        raise LibaomError(
+            f"{libaom.name} has no default configuration for usage {usage}:"
+            f" {libaom.error_text(code)}."
+        )
+    expected = dict(
+        g_usage=usage,
+        g_w=320,
+        g_h=240,
+        g_bit_depth=8,
+        g_input_bit_depth=8,
+        g_timebase_num=1,
+        g_timebase_den=30,
+        rc_resize_denominator=8,
+        rc_superres_denominator=8,
+        rc_superres_qthresh=63,
+        rc_superres_kf_qthresh=32,
+        rc_end_usage=3 if usage == 2 else 0,
+        rc_min_quantizer=0,
+        rc_max_quantizer=63,
+        kf_min_dist=0,
+        kf_max_dist=0 if usage == 2 else 9999,
+        monochrome=0,
+        full_still_picture_hdr=0,
+        save_as_annexb=0,
+    )
+    for field_name, value in expected.items():
+        if (found := getattr(config, field_name)) != value:
+            raise LibaomError(
+                f"{libaom.name} is not supported for encoding: "
+                f"its configuration has {found} where {field_name} = {value} is expected."
+            )
+    return config
 
 # %% ../nbs/03_libaom.ipynb #5d0c1201
 def compiled(
@@ -491,7 +413,7 @@ def _walker():
 
     return loop
 
-# %% ../nbs/03_libaom.ipynb #6fd9b796
+# %% ../nbs/03_libaom.ipynb #5d0c1415
 _GET_REFERENCE, _GET_REF_UPDATES, _GET_CORRUPTED, _GET_FRAME_SIZE, _GET_BIT_DEPTH = (
     230,
     256,
@@ -510,7 +432,7 @@ _SET_OPERATING_POINT = 279
 _HIGH_BIT_DEPTH = 0x800  # bit of an image format: two bytes a sample
 _MI_HEIGHT, _MI_WIDTH = (np.asarray(a, np.int64) // 4 for a in (BLOCK_HEIGHT, BLOCK_WIDTH))
 
-
+# %% ../nbs/03_libaom.ipynb #6fd9b796
 class _Decoder:
     """A decoder of libaom as a context manager; its errors are `ValueError`s that name neither file
     nor frame.
@@ -569,59 +491,61 @@ class _Decoder:
             )
         return reference.img
 
-    def _has_mi(self, row, column):
-        return (
-            self.libaom.aom_codec_control(
-                ctypes.byref(self.context),
-                _GET_MI_INFO,
-                ctypes.c_int(row),
-                ctypes.c_int(column),
-                ctypes.c_void_p(self.record.ctypes.data),
-            )
-            == 0
-        )
-
-    def mi(self, width, height):
-        """Block size, partition type and qindex of every mi unit of the last frame, uint8 [mi rows,
-        mi columns] each.
-        """
-        rows, columns = mi_shape(width, height)
-        if not self._has_mi(0, 0):
-            raise ValueError(
-                f"libaom {self.libaom.version} does not say how the frame is partitioned"
-            )
-        if (
-            not self._has_mi(rows - 1, columns - 1)
-            or self._has_mi(rows, 0)
-            or self._has_mi(0, columns)
-        ):
-            raise ValueError(
-                f"its blocks do not lie on a grid of {width}×{height} pixels (super-resolution is"
-                " not supported)"
-            )
-        block_size, partition, qindex = (np.full((rows, columns), 255, np.uint8) for _ in range(3))
-        wrong, row, column = _walker()(
-            self.libaom.control_address,
-            ctypes.addressof(self.context),
+# %% ../nbs/03_libaom.ipynb #5d0c1416
+def _has_mi(decoder, row, column):
+    return (
+        decoder.libaom.aom_codec_control(
+            ctypes.byref(decoder.context),
             _GET_MI_INFO,
-            self.record,
-            self.record.ctypes.data,
-            _MI_HEIGHT,
-            _MI_WIDTH,
-            block_size,
-            partition,
-            qindex,
+            ctypes.c_int(row),
+            ctypes.c_int(column),
+            ctypes.c_void_p(decoder.record.ctypes.data),
         )
-        if wrong:
-            what = {
-                1: "is not known to libaom",
-                2: "has an impossible record",
-                3: "is covered by two blocks",
-            }[wrong]
-            raise ValueError(f"the block at row {4 * row}, column {4 * column} {what}")
-        return block_size, partition, qindex
+        == 0
+    )
 
 
+def _mi_arrays(decoder, width, height):
+    """Block size, partition type and qindex of every mi unit of the last frame, uint8 [mi rows,
+    mi columns] each.
+    """
+    rows, columns = mi_shape(width, height)
+    if not _has_mi(decoder, 0, 0):
+        raise ValueError(
+            f"libaom {decoder.libaom.version} does not say how the frame is partitioned"
+        )
+    if (
+        not _has_mi(decoder, rows - 1, columns - 1)
+        or _has_mi(decoder, rows, 0)
+        or _has_mi(decoder, 0, columns)
+    ):
+        raise ValueError(
+            f"its blocks do not lie on a grid of {width}×{height} pixels (super-resolution is"
+            " not supported)"
+        )
+    block_size, partition, qindex = (np.full((rows, columns), 255, np.uint8) for _ in range(3))
+    wrong, row, column = _walker()(
+        decoder.libaom.control_address,
+        ctypes.addressof(decoder.context),
+        _GET_MI_INFO,
+        decoder.record,
+        decoder.record.ctypes.data,
+        _MI_HEIGHT,
+        _MI_WIDTH,
+        block_size,
+        partition,
+        qindex,
+    )
+    if wrong:
+        what = {
+            1: "is not known to libaom",
+            2: "has an impossible record",
+            3: "is covered by two blocks",
+        }[wrong]
+        raise ValueError(f"the block at row {4 * row}, column {4 * column} {what}")
+    return block_size, partition, qindex
+
+# %% ../nbs/03_libaom.ipynb #5d0c1417
 def _luma(image):
     "Luma plane of an image of libaom, copied as uint16 [height, width]."
     height, width, stride = image.d_h, image.d_w, image.stride[0]

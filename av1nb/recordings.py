@@ -338,7 +338,7 @@ def _verify_labels(recording, size, logged, table):
             " again."
         )
 
-
+# %% ../nbs/09_recordings.ipynb #5d0c1442
 def _verify(recording, folder, pictures_root):
     "Check the files in `folder`, with the pictures in `pictures_root`."
     _verify_hashes(recording, folder, pictures_root)

@@ -31,6 +31,7 @@ from av1nb.libaom import (
     _GET_REF_UPDATES,
     _GET_SB_SIZE,
     _luma,
+    _mi_arrays,
     find_libaom,
 )
 
@@ -88,13 +89,114 @@ class Frame:
             frame=self.index, order_hint=self.order_hint, frame_type=self.frame_type
         )[columns]
 
-# %% ../nbs/04_streams.ipynb #dbd16eb9
+# %% ../nbs/04_streams.ipynb #5d0c1431
+class _DisplayOrder:
+    "Which frame lies in which of the eight reference slots, and which frames wait to be put out."
+
+    def __init__(self, hidden, layer):
+        self.coded, self.put_out, self.repeated, self.never_shown = 0, 0, 0, 0
+        self._hidden, self._layer = hidden, layer
+        # slot -> facts of its frame; coded_index -> hidden frame that was not put out yet
+        self._slots, self._pending = {}, {}
+
+    def _arranged(self, unit, frame, updates):
+        "Take in a decoded frame that fills the slots of the bits `updates`; the frames ready now."
+        facts = vars(frame) | dict(block_size=None, partition=None, qindex=None, luma=None)
+        self._slots |= {slot: facts for slot in range(8) if updates >> slot & 1}
+        ready = self._forget(
+            self._pending.keys() - {facts["coded_index"] for facts in self._slots.values()}
+        )
+        if unit.shown:
+            return ready + self._put_out(unit, frame)
+        if not updates:
+            return ready + self._never_put_out(frame)
+        self._pending[frame.coded_index] = frame
+        return ready
+
+    def _shown_later(self, slot):
+        "The frame that a header shows out of a slot; without a tree if it was put out before."
+        if slot not in self._slots:
+            raise ValueError(f"it shows reference slot {slot}, which holds no frame")
+        facts = self._slots[slot]
+        # such a key frame fills all slots anew
+        if facts["key"]:
+            self._slots = dict.fromkeys(range(8), facts)
+        frame = self._pending.pop(facts["coded_index"], None)
+        if frame is None:
+            frame = Frame(**facts | dict(repeated=True))
+            self.repeated += 1
+        return frame
+
+    def _put_out(self, unit, frame):
+        if self._layer not in (None, unit.layer):
+            return []
+        frame.index, self.put_out = self.put_out, self.put_out + 1
+        return [frame]
+
+    def _forget(self, coded):
+        return [f for i in sorted(coded) for f in self._never_put_out(self._pending.pop(i))]
+
+    def _never_put_out(self, frame):
+        self.never_shown += 1
+        return [frame] if self._hidden == "read" else []
+
+# %% ../nbs/04_streams.ipynb #5d0c1433
 # largest picture that is decoded, 16384×8192: a corrupt header could ask for more memory than there
 # is
 MAX_PIXELS = 2**27
 
 
-class Trees(Iterator):
+def _decoded_image(decoder, unit):
+    "Decode one frame; the image that libaom puts out, None for a hidden frame."
+    width, height = unit.sequence.width, unit.sequence.height
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"its header announces {width}×{height} pixels, more than the {MAX_PIXELS} that are"
+            " allowed"
+        )
+    image = decoder.decode(unit.data)
+    if unit.shown and image is None:
+        raise ValueError("the decoder put out no picture for a shown frame")
+    return image
+
+
+def _coded_frame(decoder, unit, coded_index):
+    "The frame that was decoded last, with its tree and without its picture."
+    width, height = decoder.ask(_GET_FRAME_SIZE, 2)
+    block_size, partition, qindex = _mi_arrays(decoder, width, height)
+    return Frame(
+        index=-1,
+        coded_index=coded_index,
+        width=width,
+        height=height,
+        bit_depth=decoder.ask(_GET_BIT_DEPTH),
+        monochrome=False,
+        frame_type=int(unit.frame_kind in (1, 3)),
+        key=unit.frame_kind == 0,
+        shown=unit.shown,
+        repeated=False,
+        order_hint=decoder.ask(_GET_ORDER_HINT),
+        sb_size=128 if decoder.ask(_GET_SB_SIZE) else 64,
+        base_qindex=decoder.ask(_GET_BASE_QINDEX),
+        block_size=block_size,
+        partition=partition,
+        qindex=qindex,
+    )
+
+
+def _add_picture(frame, image, luma):
+    "Check the picture of a frame against its tree; copy its luma if wanted."
+    if (image.d_w, image.d_h) != (frame.width, frame.height):
+        raise ValueError(
+            f"its picture has {image.d_w}×{image.d_h} pixels, its tree"
+            f" {frame.width}×{frame.height} (super-resolution is not supported)"
+        )
+    frame.monochrome = bool(image.monochrome)
+    if luma:
+        frame.luma = _luma(image)
+
+# %% ../nbs/04_streams.ipynb #dbd16eb9
+class Trees(_DisplayOrder, Iterator):
     """Frames of a stream, one after the other, and counts of what was met so far.
 
     Made by `read_trees`.
@@ -118,17 +220,9 @@ class Trees(Iterator):
             raise ValueError(f'hidden is {hidden!r}; it must be "read" or "skip".')
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1.")
-        self.name, self.coded, self.put_out, self.repeated, self.never_shown = name, 0, 0, 0, 0
-        self._libaom, self._hidden, self._luma, self._film_grain, self._threads = (
-            libaom,
-            hidden,
-            luma,
-            film_grain,
-            threads,
-        )
-        self._operating_point, self._layer = operating_point, layer
-        # slot -> facts of its frame; coded_index -> hidden frame that was not put out yet
-        self._slots, self._pending = {}, {}
+        super().__init__(hidden, layer)
+        self.name, self._libaom, self._luma = name, libaom, luma
+        self._settings = threads, film_grain, operating_point
         self._frames = self._run(packets)
 
     def __next__(self):
@@ -140,8 +234,7 @@ class Trees(Iterator):
 
     def _run(self, packets):
         sequence = None
-        settings = self._threads, self._film_grain, self._operating_point
-        with _Decoder(self._libaom, *settings) as decoder:
+        with _Decoder(self._libaom, *self._settings) as decoder:
             for packet in packets:
                 try:
                     units = split_frames(packet, sequence)
@@ -168,96 +261,19 @@ class Trees(Iterator):
 
     def _decode(self, decoder, unit):
         "Decode one frame; the frames that are ready now, in the order of delivery."
-        width, height = unit.sequence.width, unit.sequence.height
-        if width * height > MAX_PIXELS:
-            raise ValueError(
-                f"its header announces {width}×{height} pixels, more than the {MAX_PIXELS} that are"
-                " allowed"
-            )
-        image = decoder.decode(unit.data)
-        if unit.shown and image is None:
-            raise ValueError("the decoder put out no picture for a shown frame")
+        image = _decoded_image(decoder, unit)
         if unit.shown_slot is not None:
-            return self._shown_later(unit, image)
-        frame = self._coded_frame(decoder, unit)
+            frame = self._shown_later(unit.shown_slot)
+            _add_picture(frame, image, self._luma)
+            return self._put_out(unit, frame)
+        frame = _coded_frame(decoder, unit, self.coded)
         updates = decoder.ask(_GET_REF_UPDATES) & 0xFF
         if not unit.shown and updates:
             image = decoder.reference((updates & -updates).bit_length() - 1)
         if image is not None:
-            self._add_picture(frame, image)
+            _add_picture(frame, image, self._luma)
         self.coded += 1
-        facts = vars(frame) | dict(block_size=None, partition=None, qindex=None, luma=None)
-        self._slots |= {slot: facts for slot in range(8) if updates >> slot & 1}
-        ready = self._forget(
-            self._pending.keys() - {facts["coded_index"] for facts in self._slots.values()}
-        )
-        if not unit.shown and updates:
-            self._pending[frame.coded_index] = frame
-        elif not unit.shown:
-            ready += self._never_put_out(frame)
-        else:
-            ready += self._put_out(unit, frame)
-        return ready
-
-    def _coded_frame(self, decoder, unit):
-        width, height = decoder.ask(_GET_FRAME_SIZE, 2)
-        block_size, partition, qindex = decoder.mi(width, height)
-        return Frame(
-            index=-1,
-            coded_index=self.coded,
-            width=width,
-            height=height,
-            bit_depth=decoder.ask(_GET_BIT_DEPTH),
-            monochrome=False,
-            frame_type=int(unit.frame_kind in (1, 3)),
-            key=unit.frame_kind == 0,
-            shown=unit.shown,
-            repeated=False,
-            order_hint=decoder.ask(_GET_ORDER_HINT),
-            sb_size=128 if decoder.ask(_GET_SB_SIZE) else 64,
-            base_qindex=decoder.ask(_GET_BASE_QINDEX),
-            block_size=block_size,
-            partition=partition,
-            qindex=qindex,
-        )
-
-    def _shown_later(self, unit, image):
-        slot = unit.shown_slot
-        if slot not in self._slots:
-            raise ValueError(f"it shows reference slot {slot}, which holds no frame")
-        facts = self._slots[slot]
-        # such a key frame fills all slots anew
-        if facts["key"]:
-            self._slots = dict.fromkeys(range(8), facts)
-        frame = self._pending.pop(facts["coded_index"], None)
-        if frame is None:
-            frame = Frame(**facts | dict(repeated=True))
-            self.repeated += 1
-        self._add_picture(frame, image)
-        return self._put_out(unit, frame)
-
-    def _add_picture(self, frame, image):
-        if (image.d_w, image.d_h) != (frame.width, frame.height):
-            raise ValueError(
-                f"its picture has {image.d_w}×{image.d_h} pixels, its tree"
-                f" {frame.width}×{frame.height} (super-resolution is not supported)"
-            )
-        frame.monochrome = bool(image.monochrome)
-        if self._luma:
-            frame.luma = _luma(image)
-
-    def _put_out(self, unit, frame):
-        if self._layer not in (None, unit.layer):
-            return []
-        frame.index, self.put_out = self.put_out, self.put_out + 1
-        return [frame]
-
-    def _forget(self, coded):
-        return [f for i in sorted(coded) for f in self._never_put_out(self._pending.pop(i))]
-
-    def _never_put_out(self, frame):
-        self.never_shown += 1
-        return [frame] if self._hidden == "read" else []
+        return self._arranged(unit, frame, updates)
 
 # %% ../nbs/04_streams.ipynb #069f08a1
 def describe_frames(
@@ -313,7 +329,7 @@ def check_libaom(
         )
     return libaom
 
-
+# %% ../nbs/04_streams.ipynb #5d0c1435
 @lru_cache(maxsize=None)
 def _checked_libaom(path, source):
     return check_libaom(Libaom(path, source))
