@@ -205,7 +205,8 @@ class Libaom:
             raise LibaomError(
                 f"{self.path} cannot be loaded as a shared library: {error}."
             ) from error
-        self._bind(_DECODER_FUNCTIONS)
+        for name, types in _DECODER_FUNCTIONS.items():
+            self._bind(name, *types)
         self.version = self.aom_codec_version_str().decode().lstrip("v")
         self.decoder_abi = _find_abi(
             self, "decoder", self.aom_codec_dec_init_ver, self.aom_codec_av1_dx()
@@ -214,17 +215,16 @@ class Libaom:
         # found when an encoder is first wanted: a library may be without one
         self.encoder_abi = None
 
-    def _bind(self, functions):
-        for name, (result, *arguments) in functions.items():
-            try:
-                function = getattr(self._lib, name)
-            except AttributeError:
-                raise LibaomError(
-                    f"{self.path} has no function {name}: it is not libaom, or was built without"
-                    " that part."
-                ) from None
-            function.restype, function.argtypes = result, arguments
-            setattr(self, name, function)
+    def _bind(self, name, result, *arguments):
+        try:
+            function = getattr(self._lib, name)
+        except AttributeError:
+            raise LibaomError(
+                f"{self.path} has no function {name}: it is not libaom, or was built without that"
+                " part."
+            ) from None
+        function.restype, function.argtypes = result, arguments
+        setattr(self, name, function)
 
     def bind_encoder(self):
         """Bind the encoder's functions and check the layout of its configuration.
@@ -232,7 +232,8 @@ class Libaom:
         Raises `LibaomError` if it is not the expected one.
         """
         if self.encoder_abi is None:
-            self._bind(_ENCODER_FUNCTIONS)
+            for name, types in _ENCODER_FUNCTIONS.items():
+                self._bind(name, *types)
             self.encoder_abi = _find_abi(
                 self,
                 "encoder",
