@@ -66,7 +66,7 @@ def demo(
     if fresh:
         runs.clear(run)
     start = time.perf_counter()
-    runs.run_stages(runs.PIPELINE, run, {"seed": seed}, runs.DEMO, keep=True)
+    runs.run_notebooks(runs.PIPELINE, run, {"seed": seed}, runs.DEMO, keep=True)
     table = runs.summarise(run)
     typer.echo("\n" + runs.format_table(table))
     typer.echo(
@@ -82,18 +82,17 @@ def demo(
 @command
 def run(
     stages: Annotated[
-        list[str], typer.Argument(help="stages to run in this order: names, numbers (003), or all")
+        list[str],
+        typer.Argument(help="stage notebooks in this order: names, numbers (003), or all"),
     ],
     parameter: Annotated[
         Optional[list[str]],
-        typer.Option("-p", "--parameter", help="name=value, for every stage that takes it"),
+        typer.Option("-p", "--parameter", help="name=value, for every notebook that takes it"),
     ] = None,
     run_dir: RunDir = Path("runs/default"),
     keep: Annotated[
         bool,
-        typer.Option(
-            "--keep", help="leave out stages that are done with these parameters and this code"
-        ),
+        typer.Option("--keep", help="leave out what is done with these parameters and this code"),
     ] = False,
 ):
     "Run stage notebooks headlessly; the executed notebooks stay in the run directory."
@@ -101,7 +100,7 @@ def run(
 
     names = [name for stage in stages for name in (runs.PIPELINE if stage == "all" else [stage])]
     directory = runs.RunDirectory(run_dir)
-    runs.run_stages(names, directory, runs.parse_parameters(parameter or []), keep=keep)
+    runs.run_notebooks(names, directory, runs.parse_parameters(parameter or []), keep=keep)
     typer.echo(f"The executed notebooks are in {directory / 'notebooks'}")
 
 
@@ -110,7 +109,7 @@ def train_joint(
     run_dir: Annotated[Path, typer.Argument(help="run directory with raw data and block sets")],
     parameter: Annotated[
         Optional[list[str]],
-        typer.Option("-p", "--parameter", help="name=value, of the stage 010_joint"),
+        typer.Option("-p", "--parameter", help="name=value, of the notebook 010_joint"),
     ] = None,
 ):
     """Train the joint network of a run without its notebook, also in several processes: accelerate
@@ -166,7 +165,7 @@ def compare(
     ] = None,
     parameter: Annotated[
         Optional[list[str]],
-        typer.Option("-p", "--parameter", help="name=value, for every stage that takes it"),
+        typer.Option("-p", "--parameter", help="name=value, for every notebook that takes it"),
     ] = None,
 ):
     """Train and evaluate several hierarchies on the same blocks of the sample, and print them side

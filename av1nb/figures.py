@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TYPE_COLOURS', 'LINE_COLOURS', 'class_colours', 'savefig', 'partition_rectangles', 'partition_overlay',
            'compare_overlays', 'sample_grid', 'class_distribution', 'training_curves', 'confusion_heatmap',
-           'precision_recall', 'threshold_curve', 'reliability_diagram', 'agreement_plot', 'error_flow']
+           'precision_recall', 'threshold_curve', 'reliability_diagram', 'stage_figures', 'agreement_plot',
+           'error_flow']
 
 # %% ../nbs/18_figures.ipynb #9fe94362
 from collections.abc import Mapping, Sequence
@@ -725,6 +726,19 @@ def reliability_diagram(
     top.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{title}, {len(truth):,} blocks", x=0.01, ha="left", fontsize=11)
     return figure
+
+# %% ../nbs/18_figures.ipynb #78a41751
+def stage_figures(
+    # of `recipes.judge_stage`: stage, split, class_names, report, probabilities, labels
+    result: dict,
+    stem: str | Path,  # path that `_confusion.png` and `_reliability.png` are added to
+) -> None:
+    "The two figures that every stage is judged by, written and, in a notebook, shown."
+    title = f"{result['stage']}, {'validation' if result['split'] == 'val' else result['split']}"
+    confusion = confusion_heatmap(result["report"]["confusion"], result["class_names"], title=title)
+    savefig(confusion, f"{stem}_confusion.png")
+    reliability = reliability_diagram(result["probabilities"], result["labels"])
+    savefig(reliability, f"{stem}_reliability.png")
 
 # %% ../nbs/18_figures.ipynb #ce1dcad6
 def agreement_plot(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'ALWAYS', 'RECIPES', 'Recipe', 'acting_symmetries', 'recipe_for', 'recipe_table', 'make_objective',
-           'recipe_embedding', 'make_augmentation', 'stage_data', 'predecessor', 'train_stage', 'run_over',
-           'calibrate_stage', 'judge_stage']
+           'recipe_embedding', 'make_augmentation', 'stage_data', 'predecessor', 'class_counts', 'start_of',
+           'train_config', 'train_stage', 'train_members', 'run_over', 'calibrate_stage', 'judge_stage', 'stage_report',
+           'result_tables', 'stage_verdict', 'votes_table']
 
 # %% ../nbs/23_recipes.ipynb #29b9e6df
 import hashlib
@@ -39,7 +40,15 @@ from av1nb.losses import (
     PositiveWeightFocal,
     inverse_frequency_weights,
 )
-from .metrics import Score, baselines, bootstrap_interval, classification_report
+from av1nb.metrics import (
+    Score,
+    as_frame,
+    baselines,
+    bootstrap_interval,
+    classification_report,
+    comparison_frame,
+    verdict,
+)
 from .partitions import SYMMETRIES, Hierarchy
 from .training import History, TrainConfig, fit, pick_device, save_stage, set_seed
 
@@ -79,8 +88,16 @@ class Recipe:
     balanced: bool = True  # draw every class equally often
     epochs: int = 20  # passes over the training blocks
     frozen_epochs: int = 0  # of them with a frozen backbone; ALWAYS: it never opens
+    # then it opens: "all" at once, or "gradual", one layer group after the other, next to the head
+    # first (Howard and Ruder, 2018)
+    unfreeze: str = "all"
+    unfreeze_every: int = 1  # gradual: epochs between two openings
     lr_head: float = 1e-3  # learning rate of the head
     lr_backbone: float = 1e-3  # learning rate of the backbone
+    # factor on the rate for each layer group further from the head, in (0, 1]
+    layer_decay: float = 1.0
+    # epochs in which the rates rise to these (cosine and constant schedule)
+    warmup_epochs: float = 0.0
     weight_decay: float = 1e-4  # AdamW's decoupled weight decay
     batch_size: int = 128  # blocks a batch
     schedule: str = "cosine"  # "cosine", "onecycle" or "constant"
@@ -208,14 +225,17 @@ def recipe_for(
     return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
 
-def recipe_table(hierarchy) -> pd.DataFrame:  # one row a field, one column a stage
-    "The recipes of a hierarchy side by side."
-    hierarchy = find_hierarchy(hierarchy)
+def recipe_table(
+    hierarchy,  # `Hierarchy` or its name
+    recipes: dict | None = None,  # stage → Recipe; None: the hierarchy's own
+) -> pd.DataFrame:  # one row a field, one column a stage
+    "Recipes side by side."
+    if recipes is None:
+        hierarchy = find_hierarchy(hierarchy)
+        recipes = {stage: recipe_for(hierarchy, stage) for stage in hierarchy.stage_names}
     return pd.DataFrame({
-        stage: {
-            k: str(v) for k, v in asdict(recipe_for(hierarchy, stage)).items() if k != "symmetries"
-        }
-        for stage in hierarchy.stage_names
+        stage: {k: str(v) for k, v in asdict(recipe).items() if k != "symmetries"}
+        for stage, recipe in recipes.items()
     })
 
 # %% ../nbs/23_recipes.ipynb #a9479d27
@@ -327,7 +347,43 @@ def predecessor(
     parent = find_hierarchy(hierarchy).stage(stage).parent
     return None if parent is None else parent[0]
 
+
+def class_counts(
+    data: dict,  # split → (BlockSet, labels), from `stage_data`
+    names,  # of the classes
+) -> pd.DataFrame:  # one row a class, one column a split
+    "How many blocks of each class the sets hold."
+    return pd.DataFrame(
+        {
+            split: labels.bincount(minlength=len(names)).numpy()
+            for split, (_, labels) in data.items()
+        },
+        index=names,
+    )
+
+
+def start_of(
+    hierarchy,  # `Hierarchy` or its name
+    stage: str,  # one of its stages
+) -> str | None:  # file name of a checkpoint
+    "The checkpoint whose backbone a stage starts from; None for the first."
+    before = predecessor(hierarchy, stage)
+    return before and f"{checkpoint_prefix(hierarchy, before)}_model_best.pt"
+
 # %% ../nbs/23_recipes.ipynb #78257c9c
+def train_config(
+    recipe: Recipe,
+    device: str = "auto",  # "auto", "cpu" or "cuda"
+    seed: int = 42,  # of everything random in the training
+    resume: bool = True,  # continue an interrupted training of the same settings
+) -> TrainConfig:
+    "What the engine is told of a recipe. Raises `ValueError` for a value out of range."
+    names = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(Recipe)}
+    return TrainConfig(
+        **{name: getattr(recipe, name) for name in names}, device=device, seed=seed, resume=resume
+    )
+
+
 def train_stage(
     data: dict,  # split → (BlockSet, labels) with "train" and "val", from `stage_data`
     hierarchy,  # `Hierarchy` or its name
@@ -390,10 +446,7 @@ def train_stage(
         **settings,
     )
     val = Batches(val_blocks, val_labels, max(recipe.batch_size, 512), **settings)
-    names = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(Recipe)}
-    config = TrainConfig(
-        **{name: getattr(recipe, name) for name in names}, device=device, seed=seed, resume=resume
-    )
+    config = train_config(recipe, device, seed, resume)
     prefix = checkpoint_prefix(hierarchy, stage) + (f"_{member}" if member else "")
     provenance = model.identity() | {
         "split_hash": blocks.split_hash,
@@ -418,6 +471,28 @@ def train_stage(
         progress=progress,
     )
     return model, history
+
+
+def train_members(
+    data: dict,  # split → (BlockSet, labels) with "train" and "val", from `stage_data`
+    hierarchy,  # `Hierarchy` or its name
+    stage: str,  # one of its stages
+    recipe: Recipe,  # with the number of members
+    models,  # folder of the checkpoints
+    dataset=None,  # folder of data sets, where the members' bootstrap samples are
+    vote: str = "majority",  # of several members: "majority", "soft" or "weighted"
+    **settings,  # of `train_stage`: start, pretrained, device, seed, resume, progress
+) -> tuple[StageModel | Ensemble, list[History]]:
+    "Train all networks of a stage: one, or members that vote, each on its own bootstrap sample."
+    networks, histories = [], []
+    for member in range(1, recipe.members + 1) if recipe.members > 1 else [None]:
+        own = data if member is None else stage_data(dataset, hierarchy, stage, member)
+        network, history = train_stage(
+            own, hierarchy, stage, recipe, models, member=member, **settings
+        )
+        networks.append(network)
+        histories.append(history)
+    return Ensemble(networks, vote) if len(networks) > 1 else networks[0], histories
 
 # %% ../nbs/23_recipes.ipynb #cec9fdac
 @torch.inference_mode()
@@ -464,8 +539,8 @@ def judge_stage(
     model,  # StageModel or Ensemble
     data: dict,  # split → (BlockSet, labels)
     split: str = "val",  # which split to judge on; the baselines learn from "train"
-    # report, baselines, interval (of macro-F1, 95 %), probabilities [N, C], decided [N], labels
-    # [N], agreement [N] of an ensemble or None
+    # stage, split, split_hash, class_names, report, baselines, interval (of macro-F1, 95 %),
+    # probabilities [N, C], decided [N], labels [N], agreement [N] of an ensemble or None
 ) -> dict:
     "Report of a stage on the blocks that truly belong to it."
     blocks, labels = data[split]
@@ -478,6 +553,10 @@ def judge_stage(
     sequences = blocks.sequence.numpy()
     groups = sequences if len(set(sequences)) > 1 else None
     return {
+        "stage": model.stage,
+        "split": split,
+        "split_hash": blocks.split_hash,
+        "class_names": list(names),
         "report": classification_report(labels, decided, names, probabilities),
         "baselines": baselines(data["train"][1].numpy(), labels, names),
         "interval": list(bootstrap_interval(labels, decided, groups=groups)),
@@ -486,3 +565,39 @@ def judge_stage(
         "labels": labels,
         "agreement": agreement,
     }
+
+
+def stage_report(
+    result: dict,  # of `judge_stage`
+    **entries,  # what the report shall say beside it: versions, calibration
+) -> dict:  # for `training.save_json`
+    "What a report file holds of a result: everything but the single blocks."
+    kept = ("stage", "split", "report", "baselines", "interval", "split_hash")
+    return {name: result[name] for name in kept} | entries
+
+
+def result_tables(
+    result: dict,  # of `judge_stage`
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # beside the baselines; class by class
+    "A result as a reader wants to see it."
+    beside = comparison_frame(result["stage"], result["report"], result["baselines"])
+    return beside.round(3), as_frame(result["report"]).round(3)
+
+
+def stage_verdict(
+    result: dict,  # of `judge_stage`
+) -> str:
+    "A result against its baselines, in one sentence."
+    return verdict(result["stage"], result["report"], result["baselines"], result["interval"])
+
+
+def votes_table(
+    ensemble: Ensemble,
+    data: dict,  # split → (BlockSet, labels)
+) -> pd.DataFrame:  # one row a member and a kind of vote
+    "Macro-F1 on the validation set of every member alone and of what they vote."
+    asked = {f"member {k}": member for k, member in enumerate(ensemble.models, 1)} | {
+        f"{kind} vote": Ensemble(ensemble.models, kind) for kind in ("majority", "soft")
+    }
+    scores = {name: judge_stage(m, data)["report"]["macro_f1"] for name, m in asked.items()}
+    return pd.Series(scores, name="macro-F1, validation").round(3).to_frame()

@@ -43,6 +43,6 @@ def small_run(tmp_path_factory):
             for name in ("004_train_stage2", "005_train_stage3_rect", "006_train_stage3_ab")
         },
     }
-    runs.run_stages(runs.PIPELINE, run, {"seed": 1}, per_stage, quiet=True)
+    runs.run_notebooks(runs.PIPELINE, run, {"seed": 1}, per_stage, quiet=True)
     runs.summarise(run)
     return run

@@ -160,7 +160,7 @@ def test_a_network_learns_from_recorded_costs(library, tmp_path):
 
     names = ["ascent", "brick", "camera", "coffee", "coins", "text"]
     run = runs.RunDirectory(tmp_path / "run")
-    runs.run_stages(
+    runs.run_notebooks(
         ["000_raw", "001_prepare_dataset"],
         run,
         {"seed": 1},
@@ -180,7 +180,7 @@ def test_a_network_learns_from_recorded_costs(library, tmp_path):
             (172,),
             cpu_used=5,
         )
-    runs.run_stages(
+    runs.run_notebooks(
         ["011_regret"],
         run,
         {"seed": 1},
@@ -195,8 +195,8 @@ def test_a_network_learns_from_recorded_costs(library, tmp_path):
     _, content = joint.JointModel.load(run / "models/regret_model_best.pt")
     assert content["provenance"]["objective"]["temperature"] == 0.005
     shutil.rmtree(tmp_path / "costs")
-    with pytest.raises(runs.StageError, match="make them with build_costs"):
-        runs.run_stages(
+    with pytest.raises(runs.RunError, match="make them with build_costs"):
+        runs.run_notebooks(
             ["011_regret"],
             run,
             {"seed": 1},

@@ -24,7 +24,7 @@ FEW = {"pictures": ["coffee", "text", "rocket", "coins", "flower"], "excel": Fal
 def joint_run(tmp_path_factory):
     "The stage on five small pictures, two epochs."
     run = runs.RunDirectory(tmp_path_factory.mktemp("joint"))
-    runs.run_stages(
+    runs.run_notebooks(
         ["000_raw", "001_prepare_dataset", "010_joint"],
         run,
         {"seed": 42},

@@ -1359,13 +1359,16 @@ def test_trap_14_when_training_stops_and_which_epoch_is_kept(trained):
 
 def test_trap_14_files_that_no_step_writes():
     """A step read a list of noise classes from a file that no other step wrote; here whatever a
-    stage needs, an earlier one makes.
+    notebook needs, an earlier one makes.
     """
     made = []
-    for stage in runs.STAGES:
-        for needed in stage.needs:
-            assert any(needed.startswith(path.rstrip("*")) for path in made), (stage.name, needed)
-        made += stage.makes
+    for notebook in runs.NOTEBOOKS:
+        for needed in notebook.needs:
+            assert any(needed.startswith(path.rstrip("*")) for path in made), (
+                notebook.name,
+                needed,
+            )
+        made += notebook.makes
 
 
 # 15
@@ -1451,7 +1454,7 @@ def test_trap_15_a_demonstration_below_its_baseline_fails(value, status, monkeyp
             seconds=1.0,
         )
     ])
-    monkeypatch.setattr(runs, "run_stages", lambda *args, **kwargs: None)
+    monkeypatch.setattr(runs, "run_notebooks", lambda *args, **kwargs: None)
     monkeypatch.setattr(runs, "summarise", lambda run: table)
     done = CliRunner().invoke(cli.app, ["demo", "--run-dir", str(tmp_path)])
     assert done.exit_code == status and "always-NONE" in done.output

@@ -15,7 +15,7 @@ from conftest import av1nb
 
 
 def test_every_stage_leaves_its_notebook_and_files(small_run):
-    for stage in runs.STAGES:
+    for stage in runs.PIPELINE_NOTEBOOKS:
         nb = nbformat.read(small_run / f"notebooks/{stage.name}.ipynb", 4)
         assert all(
             cell.execution_count for cell in nb.cells if cell.cell_type == "code" and cell.source
@@ -108,13 +108,13 @@ def test_a_finished_stage_is_kept_and_the_same_seed_gives_the_same_weights(
     receipt = json.loads((small_run / "notebooks/003_train_stage1.json").read_text())
     run = runs.RunDirectory(tmp_path / "again")
     shutil.copytree(small_run / "dataset", run / "dataset")
-    runs.run_stages(["003"], run, receipt["parameters"], quiet=True)
+    runs.run_notebooks(["003"], run, receipt["parameters"], quiet=True)
     first, second = (
         torch.load(r / "models/stage1_model_best.pt", weights_only=True)["model_state_dict"]
         for r in (small_run, run)
     )
     assert all(torch.equal(first[k], second[k]) for k in first)
-    runs.run_stages(["003"], run, receipt["parameters"], keep=True, quiet=True)
+    runs.run_notebooks(["003"], run, receipt["parameters"], keep=True, quiet=True)
     assert "kept" in capsys.readouterr().out
 
 
