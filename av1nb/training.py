@@ -553,7 +553,8 @@ def progress_bar(
         unit="batch",
         file=sys.stdout,
         ascii=True,
-        mininterval=0.3 if interactive else 5.0,
+        mininterval=0.3 if interactive else 30.0,
+        maxinterval=60.0,
         ncols=None if interactive else 140,
         dynamic_ncols=interactive,
     )
@@ -1208,7 +1209,8 @@ def fit(
                 config.monitor: f"{row[config.monitor]:.4f}",
                 "best": f"{history.best[config.monitor]:.4f}",
             }
-            bar.set_postfix({"loss": f"{row['train_loss']:.4f}", **trainer.shown})
+            shown = {"loss": f"{row['train_loss']:.4f}", **trainer.shown}
+            bar.set_postfix(shown, refresh=False)
 
     if trainer.main:
         save_torch(checkpoint(trainer, history.rows[-1], provenance), final)

@@ -1,17 +1,19 @@
 """All ten stages from the sample to the table, headlessly, and what they leave behind."""
 
 import json
+import os
 import shutil
 
 import nbformat
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 import torch
 
 from av1nb import contract, datasets, pictures, recordings, runs
 from av1nb.partitions import V6
-from conftest import av1nb
+from conftest import ROOT, av1nb
 
 
 def test_every_stage_leaves_its_notebook_and_files(small_run):
@@ -116,6 +118,31 @@ def test_a_finished_stage_is_kept_and_the_same_seed_gives_the_same_weights(
     assert all(torch.equal(first[k], second[k]) for k in first)
     runs.run_notebooks(["003"], run, receipt["parameters"], keep=True, quiet=True)
     assert "kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "folder, notebook",
+    [("nbs/stages", "003_train_stage1.ipynb"), ("nbs/thesis", "v6_on_the_sample.ipynb")],
+)
+def test_a_notebook_opened_in_its_own_folder_finds_the_run(small_run, tmp_path, folder, notebook):
+    "As JupyterLab does: the kernel starts in the notebook's folder, the run directory is relative."
+    relative = os.path.relpath(small_run.path, ROOT)  # from the repository's root
+    assert not os.path.isabs(relative) and not (ROOT / folder / relative).exists()
+    parameters = {"run_dir": relative}
+    if notebook.startswith("003"):
+        receipt = runs.read_json(small_run / "notebooks/003_train_stage1.json")
+        parameters |= receipt["parameters"]
+    weights = (small_run / "models/stage1_model_final.pt").read_bytes()
+    papermill.execute_notebook(
+        ROOT / folder / notebook,
+        tmp_path / notebook,
+        parameters,
+        cwd=ROOT / folder,
+        progress_bar=False,
+        start_timeout=600,
+    )
+    assert not list((ROOT / folder).glob("*/"))  # nothing was made beside the notebook
+    assert (small_run / "models/stage1_model_final.pt").read_bytes() == weights
 
 
 def test_predict_and_evaluate_on_a_new_video(small_run, tmp_path):
