@@ -52,8 +52,8 @@ readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True nbs/index.ipynb | sed -E 's#\]\((images/|[a-z0-9_/]+\.ipynb)#](nbs/\1#g' > README.md.part
 	mv README.md.part README.md
 
-pages: $(STAMP) ## store the outputs of a run ($(RUN)) in the stage notebooks, for the site
-	$(BIN)/python -c "from av1nb import runs; runs.publish_outputs(runs.RunDirectory('$(RUN)'))"
+pages: $(STAMP) ## store the outputs of the runs (RUN=$(RUN) for 000 to 009, runs/joint and runs/build for the others) in the stage notebooks, for the site
+	$(BIN)/python -c "from av1nb import runs; runs.publish_pages('$(RUN)')"
 	$(BIN)/nbdev_clean
 
 export: $(STAMP) ## write av1nb/ from the notebooks, clean the notebooks
@@ -62,7 +62,7 @@ export: $(STAMP) ## write av1nb/ from the notebooks, clean the notebooks
 	$(BIN)/nbdev_clean
 
 sample: $(STAMP) ## rebuild the shipped sample from its sources (needs the package index; about half an hour)
-	$(BIN)/papermill --cwd . nbs/stages/build_sample.ipynb runs/build_sample.ipynb
+	$(BIN)/av1nb run build_sample --run-dir runs/build
 
 encoder: $(STAMP) ## build libaom with the partition hook into the cache (SOURCE=folder that holds its tarball; else apt-get fetches it)
 	$(BIN)/python libaom/build.py $(if $(SOURCE),--source "$(SOURCE)")

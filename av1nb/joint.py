@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TYPE_NAMES', 'joint_config', 'tree_scores', 'train_joint', 'JointRecipe', 'joint_recipe', 'read_run', 'train_run',
            'save_half', 'shipped_weights', 'JointPredictor', 'read_luma', 'decode_tree', 'type_sets', 'tree_table',
-           'stage_probabilities', 'fit_decisions', 'frame_maps', 'predict_blocks', 'level_report', 'load_predictor',
-           'node_answers', 'tree_report', 'level_table', 'type_table', 'report_text', 'intra_frames', 'source_of',
-           'compared_nodes']
+           'stage_probabilities', 'fit_decisions', 'frame_maps', 'predict_blocks', 'level_report', 'predict_test',
+           'load_predictor', 'node_answers', 'tree_report', 'level_table', 'type_table', 'report_text', 'intra_frames',
+           'source_of', 'compared_nodes']
 
 # %% ../nbs/22_joint.ipynb #bf9a28f2
 import itertools
@@ -743,6 +743,25 @@ def level_report(
             measures = ("nodes", "accuracy", "macro_f1", "nll", "top_2", "top_3")
             rows.append(dict(size=size, qindex=q, **{name: scores[name] for name in measures}))
     return pd.DataFrame(rows)
+
+# %% ../nbs/22_joint.ipynb #1848d56f
+def predict_test(
+    model: JointModel,  # trained on these data
+    sets: Mapping,  # split → BlockSet, from `read_run`
+    pictures: Mapping,  # split → pictures, from `read_run`
+    device="auto",  # "auto", "cpu", "cuda" or "cuda:<n>"
+) -> tuple[JointPredictor, dict, Predictions]:
+    """The network at work, decisions fitted on the validation blocks, and answers for the test
+    blocks.
+    """
+    predictor = JointPredictor(model, device, split_hash=sets["test"].split_hash)
+    maps, _ = frame_maps(predictor, pictures["val"], sets["val"].size)
+    decisions = fit_decisions(at_blocks(maps, sets["val"]), sets["val"].types.numpy())
+    return (
+        predictor,
+        decisions,
+        predict_blocks(predictor, pictures["test"], sets["test"], decisions),
+    )
 
 # %% ../nbs/22_joint.ipynb #5be8d3f1
 def load_predictor(

@@ -158,7 +158,7 @@ NOTEBOOKS = (
         "build_sample",
         "the pictures and logs that ship",
         writes=("out", "cache"),
-        shown="runs/joint",
+        shown="runs/build",
     ),
     StageNotebook(
         "build_corpus",

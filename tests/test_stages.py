@@ -98,3 +98,11 @@ def test_one_list_makes_the_messages(tmp_path):
             with pytest.raises(FileNotFoundError, match=f"{notebook.name} makes it"):
                 run.require(made)
     assert isinstance(runs.notebook_table(), pd.DataFrame) and len(runs.notebook_table()) == 17
+
+
+def test_the_architecture_names_every_room():
+    page = (ROOT / "nbs/architecture.ipynb").read_text()
+    rooms = [path.name for path in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))]
+    table = re.findall(r"^ *\"\| \[(\w+)\]\((\d\d_\w+\.ipynb)\) \|", page, re.M)
+    assert [target for _, target in table] == rooms
+    assert all(target == f"{target[:2]}_{name}.ipynb" for name, target in table)
