@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .files import read_tensors
+
 # %% ../nbs/12_backbones.ipynb #9c7fcee1
 class SqueezeExcitation(nn.Module):
     """Channel attention: `x [B,C,H,W]` times one factor in (0, 1) per block and channel.
@@ -281,14 +283,7 @@ def pretrained_state(
         raise FileNotFoundError(
             f"pretrained={str(source)!r} is neither 'imagenet' nor an existing file"
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch reports a damaged file through half a dozen unrelated exception types
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a file of tensors that torch.load can read (truncated, or another"
-            f" format): {type(error).__name__}"
-        ) from error
+    state, _ = read_tensors(path, remedy="Give a state dict that torch.save wrote.")
     if not isinstance(state, dict):
         raise ValueError(
             f"{path} holds a {type(state).__name__}, expected the state dict of a ResNet-18"

@@ -10,11 +10,9 @@ __all__ = ['MAX_PIXEL', 'SPLITS', 'CONTRACT_LABELS', 'CONTRACT_KEYS', 'NORMALISA
            'BalancedSampler', 'BatchSource', 'Batches', 'Audit', 'pixel_hashes', 'audit']
 
 # %% ../nbs/10_datasets.ipynb #1216b54a
-import hashlib
 import io
 import itertools
 import json
-import pickle
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -29,7 +27,17 @@ import torch
 from numpy.typing import ArrayLike
 
 from .partitions import HIERARCHIES, V6, Hierarchy, PartitionType, legal_types
-from .files import atomic_file
+from av1nb.files import (
+    atomic_file,
+    inside,
+    read_json,
+    read_tensors,
+    require_fields,
+    require_name,
+    save_json,
+    sha256,
+    write_bytes,
+)
 from .contract import read_partition_logs
 from .blocks import extract_blocks
 from .recordings import list_recordings, read_frames, read_recording
@@ -165,7 +173,7 @@ def split_hash(
     assignment: dict,  # sequence → split
 ) -> str:  # 16 hexadecimal digits; equal for equal assignments, whatever their order
     "Name a division of sequences so that data sets and checkpoints can be compared."
-    return hashlib.sha256(json.dumps(sorted(assignment.items())).encode()).hexdigest()[:16]
+    return sha256(json.dumps(sorted(assignment.items())).encode())[:16]
 
 # %% ../nbs/10_datasets.ipynb #200ee19c
 def distribution(
@@ -201,9 +209,8 @@ def save_tensors(
     "Save a dictionary as a `.pt` file, completely or not at all."
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with atomic_file(path) as temporary:
-        Path(temporary).write_bytes(buffer.getbuffer())
-    return hashlib.sha256(buffer.getbuffer()).hexdigest()
+    write_bytes(path, buffer.getbuffer())
+    return sha256(buffer.getbuffer())
 
 # %% ../nbs/10_datasets.ipynb #f8616d78
 def load_tensors(
@@ -218,19 +225,7 @@ def load_tensors(
         raise FileNotFoundError(
             f"{path} does not exist; the notebook 001_prepare_dataset writes the data sets."
         )
-    raw_bytes = path.read_bytes()
-    try:
-        content = torch.load(io.BytesIO(raw_bytes), weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as problem:
-        raise DatasetError(
-            f"{path} is no file of tensors that can be loaded without running code from it; write"
-            " it again."
-        ) from problem
-    except (RuntimeError, EOFError, ValueError, KeyError) as problem:
-        raise DatasetError(
-            f"{path} ({len(raw_bytes)} bytes) is truncated or no .pt file; write it again."
-        ) from problem
-    return content, hashlib.sha256(raw_bytes).hexdigest()
+    return read_tensors(path, DatasetError)
 
 # %% ../nbs/10_datasets.ipynb #149a4c39
 CONTRACT_LABELS = {
@@ -256,6 +251,13 @@ _PROVENANCE = (
     "groups",
     "versions",
     "note",
+)
+_KINDS = (
+    dict.fromkeys(("split", "split_hash", "reading", "uncovered", "note"), str)
+    | dict.fromkeys(("assignment", "groups", "versions"), dict)
+    | dict(
+        sequence_names=(list, tuple), recording_names=(list, tuple), size=int, margin=int, seed=int
+    )
 )
 
 
@@ -466,7 +468,8 @@ def _require_keys(content, path):
             f"{path} lacks {missing[:6]}: written by other code, without provenance. "
             "Build the set from its recordings, or read it by datasets.import_legacy."
         )
-    return content
+    tensors = dict.fromkeys((*CONTRACT_KEYS, *_COLUMNS[2:]), torch.Tensor)
+    return require_fields(content, tensors | _KINDS, str(path), DatasetError)
 
 
 def _require_unaltered(blocks, content, path):
@@ -477,7 +480,10 @@ def _require_unaltered(blocks, content, path):
             f" ({split_hash(blocks.assignment)}); the file was altered. Build the data set"
             " again."
         )
-    derived = blocks.labels(V6)
+    try:
+        derived = blocks.labels(V6)
+    except ValueError as problem:
+        raise DatasetError(f"{path}: {problem}") from problem
     for stage, key in CONTRACT_LABELS.items():
         if not torch.equal(derived[stage], content[key]):
             at = (
@@ -795,9 +801,7 @@ def write_block_sets(
             "versions": one.versions,
             "splits": {split: _describe(blocks) for split, blocks in sets.items()},
         }
-        Path(meta_path).write_text(
-            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        save_json(content, meta_path)
     return content
 
 # %% ../nbs/10_datasets.ipynb #ea3f847c
@@ -811,10 +815,11 @@ def read_metadata(
         raise FileNotFoundError(
             f"{path} does not exist; the notebook 001_prepare_dataset writes it."
         )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise DatasetError(f"{path} is no JSON ({problem}); build the data set again.") from problem
+    content = read_json(path, DatasetError, "Build the data set again.")
+    require_fields(content, dict(splits=dict, split_hash=str), str(path), DatasetError)
+    for split, described in content["splits"].items():
+        require_fields(described, dict(sha256=str), f"{path}, {split[:20]!r}", DatasetError)
+    return content
 
 # %% ../nbs/10_datasets.ipynb #57ee0f45
 def read_block_sets(
@@ -828,7 +833,7 @@ def read_block_sets(
     """
     metadata, sets = read_metadata(out_root, size), {}
     for split in splits:
-        path = Path(out_root) / f"block_{size}" / f"{split}.pt"
+        path = inside(out_root, f"block_{size}/{split}.pt", DatasetError)
         blocks = BlockSet.load(path)
         if split not in metadata["splits"]:
             raise DatasetError(f"{path} is not in its metadata.json; build the data set again.")
@@ -921,6 +926,7 @@ def import_legacy(
         ]
         if missing:
             raise DatasetError(f"{file} lacks {missing}; the layout needs {list(CONTRACT_KEYS)}.")
+        require_fields(content, dict.fromkeys(CONTRACT_KEYS, torch.Tensor), str(file), DatasetError)
         samples, types = _integers(content["samples"], file), content["labels_stage0"].to(
             torch.int64
         )
@@ -963,7 +969,7 @@ def import_legacy(
         )
         digests.append(digest)
     warnings.warn(f"{path}: {LEGACY_NOTE}.", stacklevel=2)
-    name = "legacy-" + hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    name = "legacy-" + sha256("".join(digests).encode())[:16]
     return {split: replace(blocks, split_hash=name) for split, blocks in sets.items()}
 
 # %% ../nbs/10_datasets.ipynb #dcee48a2
@@ -1073,6 +1079,11 @@ def write_stage3(
     return pd.DataFrame(rows)
 
 # %% ../nbs/10_datasets.ipynb #ccb83fe3
+_STAGE3 = dict.fromkeys(("hierarchy", "stage", "uncovered"), str) | dict.fromkeys(
+    ("index", "labels", "sources"), dict
+)
+
+
 def read_stage3(
     out_root: str | Path,  # folder of data sets
     name: str,  # "RECT", "AB", "AB_1", …
@@ -1083,7 +1094,8 @@ def read_stage3(
 
     `DatasetError` when it was made from other split files, or its labels do not fit.
     """
-    path = Path(out_root) / f"block_{size}" / "stage3" / f"{name}.pt"
+    require_name("stage-3 set", name)
+    path = inside(out_root, f"block_{size}/stage3/{name}.pt", DatasetError)
     if not path.is_file():
         there = sorted(file.stem for file in path.parent.glob("*.pt"))
         raise FileNotFoundError(
@@ -1093,6 +1105,11 @@ def read_stage3(
     content, _ = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != "av1nb stage set":
         raise DatasetError(f"{path} is no stage-3 set.")
+    require_fields(content, _STAGE3, str(path), DatasetError)
+    for part, kind in (("index", torch.Tensor), ("labels", torch.Tensor), ("sources", str)):
+        require_fields(content[part], dict.fromkeys(SPLITS, kind), f"{path}, {part}", DatasetError)
+    if content["hierarchy"] not in HIERARCHIES:
+        raise DatasetError(f"{path} is of an unknown hierarchy, {content['hierarchy'][:40]!r}.")
     sets = read_block_sets(out_root, size) if sets is None else sets
     hierarchy, chosen = HIERARCHIES[content["hierarchy"]], {}
     for split in SPLITS:
@@ -1101,11 +1118,16 @@ def read_stage3(
                 f"{path} was made from another {split}.pt than the one beside it; run"
                 " 002_prepare_stage3 again."
             )
-        blocks = sets[split].select(content["index"][split])
+        try:
+            blocks = sets[split].select(content["index"][split])
+            own = blocks.labels(hierarchy, content["uncovered"])[content["stage"]]
+        except (ValueError, IndexError, KeyError, RuntimeError) as problem:
+            said = (str(problem).splitlines() or [""])[0]
+            raise DatasetError(
+                f"{path} does not fit to {split}.pt ({said}); run 002_prepare_stage3 again."
+            ) from problem
         labels = content["labels"][split].to(blocks.types.device)
-        if not torch.equal(
-            blocks.labels(hierarchy, content["uncovered"])[content["stage"]], labels
-        ):
+        if not torch.equal(own, labels):
             raise DatasetError(
                 f"{path}: the {split} labels are not those of the blocks it points to; run"
                 " 002_prepare_stage3 again."

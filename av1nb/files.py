@@ -419,7 +419,7 @@ def read_tensors(
                 f" because they could run code ({unsafe.group()[:120]}). {remedy}"
             ) from problem
         raise error(
-            f"{path} ({len(data)} bytes) is truncated, damaged or no file of tensors"
+            f"{path} ({len(data)} bytes) is truncated, damaged or of another format"
             f" ({type(problem).__name__}). {remedy}"
         ) from problem
     for tensor in _tensors_in(content, torch.Tensor):

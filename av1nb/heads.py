@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.serialization import safe_globals
 
+from .files import read_tensors, require_fields
 from .backbones import Backbone, JointBackbone, LightBackbone, ResNet18Blocks
 from .partitions import HIERARCHIES, LEVELS, Hierarchy, PartitionType
 
@@ -541,6 +541,25 @@ _NUMPY_VALUES = [
 ]
 
 # %% ../nbs/13_heads.ipynb #81d63643
+_KINDS = dict.fromkeys(
+    ("stage", "hierarchy", "architecture", "normalisation", "split_hash", "head"), str
+) | dict(class_names=(list, tuple), provenance=dict, settings=dict)
+
+
+def _is_state(state):
+    "Whether something is a non-empty state dict, whose weights have dimensions."
+    return (
+        isinstance(state, dict)
+        and bool(state)
+        and all(
+            isinstance(key, str)
+            and isinstance(tensor, torch.Tensor)
+            and (tensor.ndim or not key.endswith("weight"))
+            for key, tensor in state.items()
+        )
+    )
+
+
 def read_checkpoint(
     path: str | Path,  # a file that `torch.save` wrote
 ):
@@ -552,31 +571,13 @@ def read_checkpoint(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        with safe_globals(_NUMPY_VALUES):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    # torch reports a damaged file through half a dozen unrelated exception types
-    except Exception as error:
-        unsafe = re.search(r"Unsupported (?:global|class)[^\n]*", str(error))
-        if unsafe:
-            raise CheckpointError(
-                f"{path} holds Python objects beside tensors and plain values and is not loaded,"
-                f" because they could run code ({unsafe.group()[:120]})"
-            ) from error
-        raise CheckpointError(
-            f"{path} is not a whole PyTorch checkpoint: it is truncated, damaged or of another"
-            f" format ({type(error).__name__})"
-        ) from error
+    content, _ = read_tensors(path, CheckpointError, "Train it again.", _NUMPY_VALUES)
     state = (
         next((content[key] for key in ("model_state_dict", "model_state") if key in content), None)
         if isinstance(content, dict)
         else None
     )
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(tensor, torch.Tensor) for tensor in state.values())
-    ):
+    if not _is_state(state):
         found = (
             f"the keys {', '.join(map(repr, list(content)[:6]))}"
             if isinstance(content, dict)
@@ -586,6 +587,8 @@ def read_checkpoint(
             f"{path} is no checkpoint of a stage: it holds {found}, expected 'model_state_dict'"
             " (v6) or 'model_state' (v5) with tensors"
         )
+    said = {name: kind for name, kind in _KINDS.items() if content.get(name) is not None}
+    require_fields(content, said, str(path), CheckpointError)
     return content
 
 # %% ../nbs/13_heads.ipynb #9daa9257
@@ -998,15 +1001,16 @@ class JointModel(nn.Module):
                 " cascades are read by Pipeline.from_run"
             )
         require_split(content, split_hash, path)
+        other = f"{path} was written by another version of the joint network"
+        flat = content.get("head") == "flat"
         try:
-            model = cls(flat=content["head"] == "flat", **settings)
-        except TypeError as error:
-            raise CheckpointError(
-                f"{path} was written by another version of the joint network ({error}); train it"
-                " again"
-            ) from error
-        what = f"{path} was written by another version of the joint network"
-        require_same_keys(state, model.state_dict(), what)
+            with torch.device("meta"):  # takes no memory, whatever size the file asks for
+                shapes = cls(flat=flat, **settings).state_dict()
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            said = (str(error).splitlines() or [""])[0][:120]
+            raise CheckpointError(f"{other} ({said}); train it again") from error
+        require_same_keys(state, shapes, other)
+        model = cls(flat=flat, **settings)
         own = model.state_dict()
         state = {name: value.to(own[name].dtype) for name, value in state.items()}
         model.load_state_dict(state, strict=True)

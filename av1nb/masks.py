@@ -11,7 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -224,9 +224,9 @@ def _require_setting(name, size, setting, top):
             f"{name} names the block size {size}; there are {', '.join(map(str, SIZES))}."
         )
     for value in setting.values() if isinstance(setting, Mapping) else (setting,):
-        if not 0 <= value <= top:
+        if not isinstance(value, (int, float)) or not 0 <= value <= top:
             raise ValueError(
-                f"{name} of {size}×{size} blocks is {value}; it must be from 0 to {top}."
+                f"{name} of {size}×{size} blocks is {str(value)[:40]}; it must be from 0 to {top}."
             )
 
 
@@ -292,7 +292,14 @@ class MaskPolicy:
         cls,
         settings: Mapping,  # what `to_dict` gave, also after JSON made its keys text
     ) -> "MaskPolicy":
-        "Inverse of `to_dict`."
+        "Inverse of `to_dict`. Raises `ValueError` for anything that it did not give."
+        if strange := sorted(map(str, set(settings) - {f.name for f in fields(cls)})):
+            raise ValueError(f"A policy has no setting {strange[0][:40]!r}.")
+        if "tau" not in settings:
+            raise ValueError("A policy needs the setting tau.")
+        for name, value in settings.items():
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{name} of a policy does not name block sizes.")
         return cls(**{name: _whole_keys(value) for name, value in settings.items()})
 
 # %% ../nbs/24_masks.ipynb #7ea9511f

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from .datasets import versions
 from .heads import to_probabilities
-from .training import save_json
+from .files import save_json
 
 # %% ../nbs/16_metrics.ipynb #8e3bb0a5
 def checked_labels(

@@ -9,7 +9,6 @@ __all__ = ['HOOK_VERSION', 'encoder_cache', 'find_encoder', 'load_encoder', 'lum
 
 # %% ../nbs/26_steering.ipynb #ae44d329
 import ctypes
-import json
 import os
 import threading
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .files import save_json, write_bytes
+from .files import read_json, require_fields, save_json, write_bytes
 from .partitions import PartitionType, mi_shape
 from .bitstream import StreamError
 from .libaom import Libaom, LibaomError
@@ -464,18 +463,22 @@ def policy_for(
     holds no policies.
     """
     path = Path(path or shipped_policies())
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} holds no policies ({error}).") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    content = read_json(path, remedy="Tune policies again, or use the shipped ones.")
+    if content.get("format") != _FORMAT:
         raise ValueError(f"{path} holds no policies that this version reads.")
+    require_fields(content, dict(speeds=dict), str(path))
     if str(cpu_used) not in content["speeds"]:
         raise ValueError(
             f"There are no tuned policies for speed {cpu_used}; there are for"
             f" {', '.join(content['speeds'])}."
         )
     entries = content["speeds"][str(cpu_used)]
+    where = f"{path}, speed {cpu_used}"
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{where} is no list of policies.")
+    for entry in entries:
+        kinds = dict(time=(int, float), loss=(int, float), policy=dict)
+        require_fields(entry, kinds, f"{where}: a policy")
     within = [entry for entry in entries if entry["loss"] <= budget]
     if not within:
         raise ValueError(
@@ -483,7 +486,10 @@ def policy_for(
             f" one loses {min(e['loss'] for e in entries):.2f} %."
         )
     best = min(within, key=lambda entry: entry["time"])
-    return MaskPolicy.from_dict(best["policy"]), best["time"], best["loss"]
+    try:
+        return MaskPolicy.from_dict(best["policy"]), best["time"], best["loss"]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 # %% ../nbs/26_steering.ipynb #079c1efd
 def predict_masks(

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['PROVENANCE', 'TrainingError', 'TrainConfig', 'process', 'pick_device', 'has_bf16', 'autocast_dtype', 'set_seed',
-           'rng_state', 'set_rng_state', 'save_torch', 'save_json', 'open_groups', 'parameter_groups', 'modules_of',
-           'train_mode', 'make_scheduler', 'History', 'should_stop', 'not_finite', 'memory_explained',
-           'interruption_explained', 'NoBar', 'progress_bar', 'SharedBatchNorm', 'Processes', 'leave',
-           'running_average', 'Trainer', 'complete_provenance', 'checkpoint', 'save_stage', 'refuse_difference', 'fit']
+           'rng_state', 'set_rng_state', 'save_torch', 'open_groups', 'parameter_groups', 'modules_of', 'train_mode',
+           'make_scheduler', 'History', 'should_stop', 'not_finite', 'memory_explained', 'interruption_explained',
+           'NoBar', 'progress_bar', 'SharedBatchNorm', 'Processes', 'leave', 'running_average', 'Trainer',
+           'complete_provenance', 'checkpoint', 'save_stage', 'refuse_difference', 'fit']
 
 # %% ../nbs/15_training.ipynb #f18b5819
 import io
-import json
 import math
 import numbers
 import os
@@ -34,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel
 from . import __version__
 from .backbones import layer_groups as backbone_layer_groups
 from .heads import read_checkpoint
-from .files import atomic_file
+from .files import atomic_file, read_tensors, require_fields, save_json
 
 # %% ../nbs/15_training.ipynb #c85e476b
 class TrainingError(RuntimeError):
@@ -273,31 +272,6 @@ def save_torch(
         file.flush()
         os.fsync(file.fileno())
 
-# %% ../nbs/15_training.ipynb #172be821
-def save_json(
-    content,  # dictionaries, lists, tuples, strings, numbers, None, numpy numbers and arrays
-    path,  # file to write
-):
-    """Write `content` as JSON, whole or not at all; numbers that are not finite become null.
-
-    Raises `TypeError` for what JSON cannot say.
-    """
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {str(key): plain(entry) for key, entry in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(entry) for entry in value]
-        if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
-            return plain(value.tolist())
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return value
-
-    text = json.dumps(plain(content), indent=1, allow_nan=False)
-    with atomic_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
 # %% ../nbs/15_training.ipynb #feab58bd
 def open_groups(
     epoch,  # epoch, counted from 1
@@ -426,7 +400,10 @@ class History:
     @classmethod
     def load(cls, path) -> "History":
         "Read what `save` wrote."
-        return cls(**torch.load(path, weights_only=True))
+        content, _ = read_tensors(path, TrainingError)
+        fields = dict(prefix=str, monitor=str, mode=str, rows=list)
+        require_fields(content, fields, str(path), TrainingError)
+        return cls(**{name: content[name] for name in fields})
 
 # %% ../nbs/15_training.ipynb #dab58e87
 def should_stop(
@@ -1119,13 +1096,9 @@ def fit(
     def saved():
         if not (config.resume and state_file.exists()):
             return None
-        try:
-            state = torch.load(state_file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch reports a damaged file through many exception types
-            raise TrainingError(
-                f"{state_file} is damaged ({type(error).__name__}); set resume=False to start"
-                " afresh."
-            ) from error
+        state, _ = read_tensors(state_file, TrainingError, "Set resume=False to start afresh.")
+        parts = dict(identity=dict, rows=list, trainer=dict, finished=bool)
+        require_fields(state, parts, str(state_file), TrainingError)
         refuse_difference(state["identity"], identity, state_file)
         return state
 
