@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SEQUENCE_HEADER', 'TEMPORAL_DELIMITER', 'FRAME_HEADER', 'TILE_GROUP', 'METADATA', 'FRAME', 'REDUNDANT_FRAME_HEADER',
-           'TILE_LIST', 'PADDING', 'MAX_BOX', 'StreamError', 'Bits', 'read_leb128', 'leb128', 'Obu', 'split_obus',
-           'SequenceHeader', 'FrameUnit', 'split_frames', 'Box', 'boxes', 'Item', 'Items', 'Part', 'Contents',
-           'contents', 'find_part', 'temporal_units']
+           'TILE_LIST', 'PADDING', 'MAX_BOX', 'MAX_ENTRIES', 'StreamError', 'Bits', 'read_leb128', 'leb128', 'Obu',
+           'split_obus', 'SequenceHeader', 'FrameUnit', 'split_frames', 'Box', 'boxes', 'Item', 'Items', 'Part',
+           'Contents', 'contents', 'find_part', 'temporal_units']
 
 # %% ../nbs/02_bitstream.ipynb #c74cf9c3
 import io
+import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -323,7 +325,9 @@ def _section5_units(data):
         yield b"".join(o.coded for o in unit)
 
 # %% ../nbs/02_bitstream.ipynb #5d0c11ad
-MAX_BOX = 2**24  # largest description that is read into memory, bytes; real ones have some hundred
+MAX_BOX = 2**22  # largest description that is read into memory, bytes; real ones have some hundred
+# most boxes in a row, and most pieces of data; the largest grid has 2**16 tiles
+MAX_ENTRIES = 2**18
 
 
 @dataclass(frozen=True)
@@ -355,8 +359,16 @@ def boxes(
     # False: end at the first thing that is no box, as every player does at the end of a file
     strict: bool = True,
 ) -> Iterator[Box]:  # boxes in order
-    "Walk over a row of boxes. Raises `ValueError` if one does not fit and `strict` is set."
-    while start < end:
+    """Walk over a row of boxes.
+
+    Raises `ValueError` if `strict` is set and one does not fit, or there are more than
+    `MAX_ENTRIES`.
+    """
+    for number in itertools.count():
+        if start >= end:
+            return
+        if strict and number == MAX_ENTRIES:
+            raise ValueError(f"it has more than {MAX_ENTRIES} boxes in a row")
         file.seek(start)
         head = file.read(16)
         size, kind, length = int.from_bytes(head[:4], "big"), head[4:8].decode("latin-1"), 8
@@ -429,11 +441,13 @@ def _item_extents(content, source):
     version = bits.read(32) >> 24
     offset_size, length_size, base_size, index_size = (8 * bits.read(4) for _ in range(4))
     number_size = 32 if version == 2 else 16
-    found = {}
+    found, pieces = {}, 0
     for _ in range(bits.read(number_size)):
         number, construction = bits.read(number_size), bits.read(16) & 15 if version else 0
         elsewhere, base, count = bits.read(16), bits.read(base_size), bits.read(16)
-        extents = []
+        extents, pieces = [], pieces + count
+        if pieces > MAX_ENTRIES:
+            raise ValueError(f"its items have more than {MAX_ENTRIES} pieces")
         for _ in range(count):
             bits.read(index_size if version else 0)
             extents.append((base + bits.read(offset_size), bits.read(length_size)))
@@ -603,20 +617,19 @@ def _item_point(obus, number):
     return points[number]
 
 
-def _item_parts(file, item, name):
+def _item_parts(file, item):
     "Layers of one coded item as parts; itself if there is one layer only, or one is selected."
     number = int.from_bytes(item.property("a1op")[:1], "big")
     selected = int.from_bytes(item.property("lsel")[:2] or b"\xff\xff", "big")
     if selected != 0xFFFF:
-        return [Part(name, item, number, selected)]
+        return [Part("", item, number, selected)]
     obus = _item_obus(file, item)
     point = _item_point(obus, number)
     frames = [obu for obu in obus if obu.kind in (FRAME, FRAME_HEADER)]
     layers = sorted({obu.layer for obu in frames if obu.belongs_to(point)})
     if len(layers) < 2:
-        return [Part(name, item, number)]
-    start = name and name + "_"
-    return [Part(f"{start}l{layer}", item, number, layer) for layer in layers]
+        return [Part("", item, number)]
+    return [Part(f"l{layer}", item, number, layer) for layer in layers]
 
 # %% ../nbs/02_bitstream.ipynb #5d0c11b7
 def _grid_tiles(file, items, number):
@@ -636,6 +649,22 @@ def _grid_tiles(file, items, number):
         yield name, items.items[tile]
 
 
+def _grid_parts(file, tiles):
+    "Parts of all tiles; tiles that share their data are looked into once."
+    parts, known, size = [], {}, file.seek(0, io.SEEK_END)
+    for name, tile in tiles:
+        key = tile.extents, tile.property("a1op"), tile.property("lsel")
+        if key not in known:
+            known[key] = _item_parts(file, tile)
+            if sum(length for extents, *_ in known for _, length in extents) > 8 * size:
+                raise ValueError("its tiles have more bytes than the file")
+        parts += [
+            replace(part, name="_".join(filter(None, (name, part.name))), item=tile)
+            for part in known[key]
+        ]
+    return parts
+
+# %% ../nbs/02_bitstream.ipynb #5d0c1451
 def _left_out(items):
     "What an AVIF file holds beside its picture, in words."
     used = {one for kind, _, targets in items.references if kind == "dimg" for one in targets}
@@ -651,7 +680,7 @@ def _left_out(items):
         elif kinds.get(number) == "auxl":
             yield "an alpha plane" if "alpha" in purpose else "an auxiliary picture"
         else:
-            yield f"another picture (item {number})"
+            yield "another picture"
 
 
 def _still_contents(file, meta):
@@ -659,16 +688,17 @@ def _still_contents(file, meta):
     items = Items.read(file, meta)
     picture = items.items[items.primary]
     if picture.kind == "av01":
-        parts = _item_parts(file, picture, "")
+        parts = _item_parts(file, picture)
     elif picture.kind == "grid":
-        tiles = _grid_tiles(file, items, items.primary)
-        parts = [part for name, tile in tiles for part in _item_parts(file, tile, name)]
+        parts = _grid_parts(file, _grid_tiles(file, items, items.primary))
     else:
         raise ValueError(
             f"its picture is of the type {picture.kind!r}; pictures of AV1 ('av01') and grids of"
             " them are supported"
         )
-    return Contents(tuple(parts), tuple(_left_out(items)))
+    counts = Counter(_left_out(items))
+    left_out = tuple(name if n == 1 else f"{n} × {name}" for name, n in counts.items())
+    return Contents(tuple(parts), left_out)
 
 # %% ../nbs/02_bitstream.ipynb #5d0c11b9
 def _announced_end(head, file):

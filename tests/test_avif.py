@@ -174,6 +174,11 @@ def test_a_grid_is_read_tile_by_tile(tiles, tmp_path):
         read_trees(path)
     with pytest.raises(StreamError, match="no such part; name one of the parts r0_c0, r0_c1"):
         read_trees(path, part="r2_c0")
+    # one item may be several tiles
+    path.write_bytes(avif(items, 1, [("dimg", 1, [2, 3, 2, 2, 3, 4])]))
+    for name, (_, expected) in (("r0_c2", tiles[0]), ("r1_c1", tiles[1])):
+        (tile,) = luma(path, name)
+        assert np.array_equal(tile, expected)
     path.write_bytes(avif([*items[:-1]], 1, references[:1]))
     with pytest.raises(StreamError, match="tile r1_c2 of the grid is 'missing'"):
         read_trees(path)
@@ -335,7 +340,13 @@ def test_a_hostile_file_allocates_nothing(tiles, tmp_path):
     )
     with pytest.raises(StreamError, match="more bytes than the file"):
         read_trees(path)
-    # a box of 20 MB in a sparse file
+    # 65,535 items of 65,535 pieces that take no byte each
+    entries = struct.pack(">HHHH", 1, 0, 0, 65535) * 65535
+    iloc = full("iloc", struct.pack(">BBH", 0, 0, 65535), entries, version=1)
+    path.write_bytes(avif([plain(packet)], iloc=iloc))
+    with pytest.raises(StreamError, match="more than 262144 pieces"):
+        read_trees(path)
+    # a box of 8 MB in a sparse file
     start, entry = good.index(b"meta") - 4, good.index(b"iinf") - 4
     with open(path, "wb") as file:
         file.write(good[:start] + struct.pack(">I", 2**25 - start) + good[start + 4 : entry])
@@ -345,7 +356,7 @@ def test_a_hostile_file_allocates_nothing(tiles, tmp_path):
         rest = 2**25 - file.seek(0, io.SEEK_END)
         file.write(struct.pack(">I4s", rest, b"free"))
         file.truncate(2**25)
-    with pytest.raises(StreamError, match="'iinf' has 20971512 bytes, more than the 16777216"):
+    with pytest.raises(StreamError, match="'iinf' has 8388600 bytes, more than the 4194304"):
         read_trees(path)
 
 
