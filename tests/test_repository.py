@@ -3,10 +3,12 @@
 import ast
 import configparser
 import filecmp
+import io
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import nbformat
@@ -115,3 +117,115 @@ def test_lock_covers_what_settings_ask_for():
         + settings["DEFAULT"]["dev_requirements"].split()
     )
     assert {re.split(r"[<>=]", w)[0].lower() for w in wanted} <= locked
+
+
+# Exported cells of more than 70 lines, by module and first name, and why they stay whole.
+LONG_CELLS = {
+    ("libaom", "_Iface"): "C structures of libaom, field by field",
+}
+# Rooms whose public parameters are not all typed and documented yet.
+UNDOCUMENTED = ()
+
+
+def exported_cells():
+    "Module, name of the first definition and source of every cell that was exported."
+    for path in sorted((ROOT / "av1nb").glob("[a-z]*.py")):
+        for source in re.split(r"^# %% .*\n", path.read_text(), flags=re.M)[1:]:
+            tree = ast.parse(source)
+            names = (getattr(node, "name", None) for node in tree.body)
+            yield path.stem, next((name for name in names if name), ""), source.strip("\n"), tree
+
+
+def comment_rows(source):
+    "Row → whether a comment is all that stands there."
+    tokens = tokenize.generate_tokens(io.StringIO(source + "\n").readline)
+    lines = source.split("\n")
+    return {
+        token.start[0]: not lines[token.start[0] - 1][: token.start[1]].strip()
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    }
+
+
+def public_functions(tree):
+    "Name and node of public functions and of the public methods (and `__init__`) of public classes."
+    for node in tree.body:
+        if getattr(node, "name", "_").startswith("_"):
+            continue
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, node
+        elif isinstance(node, ast.ClassDef):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and (
+                    method.name == "__init__" or not method.name.startswith("_")
+                ):
+                    yield f"{node.name}.{method.name}", method
+
+
+def test_public_parameters_are_typed_and_documented():
+    found = []
+    for module, _, source, tree in exported_cells():
+        if module in UNDOCUMENTED:
+            continue
+        comments = comment_rows(source)
+        for name, node in public_functions(tree):
+            listed = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            defaults = node.args.defaults + [d for d in node.args.kw_defaults if d is not None]
+            for parameter in listed:
+                if parameter.arg in ("self", "cls"):
+                    continue
+                ends = [d.end_lineno for d in defaults if d.lineno == parameter.end_lineno]
+                beside = comments.get(max([parameter.end_lineno, *ends])) is False
+                if parameter.annotation is None:
+                    found.append(f"{module}.{name}: {parameter.arg} has no type")
+                if not beside and not comments.get(parameter.lineno - 1):
+                    found.append(f"{module}.{name}: {parameter.arg} has no comment")
+    assert not found, "\n".join(found)
+
+
+def test_exported_cells_fit_a_glance():
+    long = {
+        (module, first): source.count("\n") + 1
+        for module, first, source, _ in exported_cells()
+        if source.count("\n") >= 70
+    }
+    assert set(long) <= set(LONG_CELLS), {k: n for k, n in long.items() if k not in LONG_CELLS}
+    assert set(LONG_CELLS) <= set(long), f"no longer long: {set(LONG_CELLS) - set(long)}"
+
+
+def test_lines_of_code_fit_the_page():
+    for path in NOTEBOOKS:
+        for number, cell in enumerate(nbformat.read(path, 4).cells):
+            if cell.cell_type == "code":
+                wide = [line for line in cell.source.split("\n") if len(line) > 100]
+                assert not wide, f"{path.relative_to(ROOT)}, cell {number}: {wide[0]}"
+    for module, _, source, _ in exported_cells():
+        assert all(len(line) <= 100 for line in source.split("\n")), module
+
+
+def test_comprehensions_are_at_most_two_deep():
+    kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+    def depth(node):
+        below = max(map(depth, ast.iter_child_nodes(node)), default=0)
+        return below + isinstance(node, kinds)
+
+    for module, first, _, tree in exported_cells():
+        assert depth(tree) <= 2, f"{module}, the cell of {first}"
+
+
+def test_no_import_is_unused():
+    for path in sorted((ROOT / "av1nb").glob("[a-z]*.py")):
+        tree = ast.parse(path.read_text())
+        imported = {
+            (alias.asname or alias.name).split(".")[0]: node.lineno
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        listed = set()  # names that __all__ hands on
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                listed = set(ast.literal_eval(node.value))
+        assert not set(imported) - used - listed, f"{path.name}: {set(imported) - used - listed}"
