@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .blocks import extract_blocks
 from .partitions import SYMMETRIES, Hierarchy, PartitionType, apply_symmetry, label_map
 
 # %% ../nbs/11_augment.ipynb #03493b03

@@ -189,7 +189,10 @@ class ResidualBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.downsample = shortcut
 
-    def forward(self, x):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,inputs,H,W]
+    ):
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(x)) + shortcut)
@@ -220,7 +223,10 @@ class ResNet18(nn.Module):
             if isinstance(part, nn.Conv2d):
                 nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x):
+    def forward(
+        self,
+        x: torch.Tensor,  # float [B,3,H,W]
+    ):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean(dim=(2, 3)))

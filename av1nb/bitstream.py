@@ -739,7 +739,9 @@ def _child(file, box, *kinds):
 
 
 def _handler(file, box):
-    """What a box `hdlr` says: "pict" and "vide" for pictures, "auxv" for alpha; empty if missing."""
+    """What a box `hdlr` says: "pict" and "vide" for pictures, "auxv" for alpha; empty if there is
+    none.
+    """
     return "" if box is None else box.content(file)[8:12].decode("latin-1")
 
 

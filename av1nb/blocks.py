@@ -138,10 +138,10 @@ def extract_blocks(
             blocks[:] = np.lib.stride_tricks.sliding_window_view(frame, (side, side))[rows, cols]
         return blocks
     i = (outside if outside.any() else wrong).argmax()
-    raise ValueError(
-        f"Block {i} ({size}×{size} at row {rows[i]}, column {cols[i]}) "
-        f"{f'does not lie inside the {width}×{height} frame' if outside.any() else f'is off the grid of {size} pixels'}."
-    )
+    fault = f"is off the grid of {size} pixels"
+    if outside.any():
+        fault = f"does not lie inside the {width}×{height} frame"
+    raise ValueError(f"Block {i} ({size}×{size} at row {rows[i]}, column {cols[i]}) {fault}.")
 
 # %% ../nbs/08_blocks.ipynb #7f2d0b44
 def read_blocks(

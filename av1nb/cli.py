@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -33,7 +34,9 @@ Height = Annotated[Optional[int], typer.Option(help="height of a .yuv video in p
 Bits = Annotated[int, typer.Option(help="bits a sample of a .yuv video, 8 to 16")]
 
 
-def command(function):
+def command(
+    function: Callable,  # that carries the command out
+) -> Callable:  # the same, as the command line calls it
     """Register a command whose expected errors end in one sentence on standard error and exit
     status 1.
     """

@@ -247,7 +247,7 @@ class Journal(dict):
 
 # %% ../nbs/00_files.ipynb #4c9eb9d9
 def markdown_table(
-    table,  # pandas `DataFrame`; its index is left out
+    table: object,  # pandas `DataFrame`; its index is left out
 ) -> str:
     "A table in Markdown; a bar within a cell becomes a slash, the end of a line a space."
     rows = [list(table.columns), ["---"] * len(table.columns), *table.itertuples(index=False)]

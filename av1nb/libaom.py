@@ -10,6 +10,7 @@ import ctypes
 import importlib.metadata
 import os
 import re
+from collections.abc import Callable
 from ctypes.util import find_library
 from functools import lru_cache
 from pathlib import Path
@@ -303,7 +304,7 @@ def _default_config(libaom, usage):
 
 # %% ../nbs/03_libaom.ipynb #5d0c1201
 def compiled(
-    function,  # of numbers and arrays, as numba takes them
+    function: Callable,  # of numbers and arrays, as numba takes them
 ):
     """The function compiled by numba, once for all processes where there is a folder for the
     result, else once in each.

@@ -18,9 +18,7 @@ import pandas as pd
 import torch
 from numpy.typing import ArrayLike
 
-from .datasets import versions
 from .heads import to_probabilities
-from .files import save_json
 
 # %% ../nbs/16_metrics.ipynb #8e3bb0a5
 def checked_labels(

@@ -116,7 +116,7 @@ def _steps(name):
 
 
 def apply_symmetry(
-    x,  # numpy array or torch tensor of any type [..., height, width]
+    x: object,  # NumPy array or torch tensor of any type [..., height, width]
     name: str,  # one of `SYMMETRIES`
 ):  # the same kind of array; [..., width, height] if the symmetry transposes
     "Transform the last two axes. A NumPy result may be a view of `x`."
@@ -583,7 +583,10 @@ class Hierarchy:
             "merges must lead from uncovered to covered types",
         )
 
-    def stage(self, name: str) -> Stage:
+    def stage(
+        self,
+        name: str,  # of one of its stages
+    ) -> Stage:
         "The stage of that name."
         for stage in self.stages:
             if stage.name == name:
@@ -593,11 +596,17 @@ class Hierarchy:
             f" {', '.join(s.name for s in self.stages)}."
         )
 
-    def class_names(self, stage: str) -> tuple[str, ...]:
+    def class_names(
+        self,
+        stage: str,  # name of one of its stages
+    ) -> tuple[str, ...]:
         "Class names of a stage, by class number."
         return tuple(self.stage(stage).classes)
 
-    def n_classes(self, stage: str) -> int:
+    def n_classes(
+        self,
+        stage: str,  # name of one of its stages
+    ) -> int:
         "Number of classes of a stage."
         return len(self.stage(stage).classes)
 
@@ -606,7 +615,11 @@ class Hierarchy:
         "Names of the stages, parents before children."
         return tuple(stage.name for stage in self.stages)
 
-    def child(self, stage: str, cls: str) -> Stage | None:
+    def child(
+        self,
+        stage: str,  # name of one of its stages
+        cls: str,
+    ) -> Stage | None:
         "The stage that decides within a class, or None where the class is final."
         return next((s for s in self.stages if s.parent == (stage, cls)), None)
 
@@ -623,7 +636,7 @@ class Hierarchy:
 
     def labels(
         self,
-        types,  # partition types 0–9, any integer array [blocks]
+        types: np.ndarray,  # partition types 0–9, any integer array [blocks]
         policy: str = "exclude",  # what happens to uncovered types, one of `UNCOVERED_POLICIES`
     ) -> dict[str, np.ndarray]:  # stage -> class numbers, int64 [blocks], −1 = not in this stage
         "Training labels of every stage."
@@ -641,7 +654,10 @@ class Hierarchy:
             types = np.array([self.merges.get(t, t) for t in PartitionType], np.int64)[types]
         return {stage.name: stage.class_of_type[types] for stage in self.stages}
 
-    def count_uncovered(self, types) -> dict[str, int]:
+    def count_uncovered(
+        self,
+        types: np.ndarray,  # partition types 0–9, any integer array [blocks]
+    ) -> dict[str, int]:
         "How many blocks have a type that the hierarchy cannot name, per type (also the zeros)."
         counts = np.bincount(_types(types), minlength=10)
         return {t.name: int(counts[t]) for t in self.uncovered}

@@ -10,7 +10,7 @@ __all__ = ['VIDEO_SUFFIXES', 'ten_bit', 'require_ten_bit', 'Decoded', 'narrow_pl
 # %% ../nbs/06_pictures.ipynb #88c53d66
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -686,7 +686,7 @@ def type_probabilities(
 
 # %% ../nbs/17_pipeline.ipynb #8a41c6e2
 def load_pipeline(
-    run_dir,  # run directory in which the stages up to 007_optimize_thresholds have run
+    run_dir: str | Path,  # run directory in which the stages up to 007_optimize_thresholds have run
 ) -> Pipeline:
     """The trained cascade of a run, with its thresholds.
 
@@ -713,7 +713,7 @@ def load_pipeline(
 
 
 def predict_nodes(
-    pipeline: Pipeline,
+    pipeline: Pipeline,  # that is asked
     luma: np.ndarray,  # uint16 [H, W], 10-bit
     nodes: pd.DataFrame,  # node table (pixels) of 16×16 nodes inside the frame
 ) -> Predictions:  # in the order of the nodes, with what every stage says of each
@@ -724,7 +724,7 @@ def predict_nodes(
 
 
 def predict_frames(
-    pipeline: Pipeline,
+    pipeline: Pipeline,  # that is asked
     luma: np.ndarray,  # uint16 [frames, H, W], 10-bit
     qindex: int | None = None,  # 0–255, for models that are told the quantiser
 ) -> pd.DataFrame:  # frame, row, col, predicted, confidence, probabilities of each stage

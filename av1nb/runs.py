@@ -30,7 +30,8 @@ import pandas as pd
 
 import av1nb
 from .heads import find_hierarchy, is_binary
-from .metrics import compare_seeds, over_seeds, versions
+from .datasets import versions
+from .metrics import compare_seeds, over_seeds
 from .pipeline import QUESTIONS
 from .recipes import recipe_for
 from .files import atomic_file, from_root, repository
@@ -965,9 +966,10 @@ def _write_comparison(run, results, settings, split_seed):
     )
     for what in ("split", "blocks"):
         if rows[what].nunique() > 1:
+            of_each = zip(rows["model"], rows["seed"], rows[what])
+            said = "; ".join(f"{model} seed {seed}: {value}" for model, seed, value in of_each)
             raise RunError(
-                f"the results in {run.path} are of different test blocks ({what}:"
-                f" {'; '.join(f'{m} seed {s}: {v}' for m, s, v in zip(rows['model'], rows['seed'], rows[what]))});"
+                f"the results in {run.path} are of different test blocks ({what}: {said});"
                 " remove what is of another data set"
             )
     reports = [full for _, full in results.values()]
@@ -1045,14 +1047,14 @@ def compare(
             f"{', '.join(taken_twice)} is trained here and cannot be the name of a further result"
         )
     usual = {name: DEMO if name in OTHERS else settings_for(name) for name in hierarchies}
+
+    def of_notebook(name, notebook):
+        given = {k: v for k, v in parameters.items() if k in taken[notebook]}
+        return usual[name].get(notebook, {}) | given | own_parameters.get(notebook, {})
+
     settings = {
         name: {
-            notebook: (
-                usual[name].get(notebook, {})
-                | {k: v for k, v in parameters.items() if k in taken[notebook]}
-                | own_parameters.get(notebook, {})
-            )
-            for notebook in (*PIPELINE[:2], *notebooks[name])
+            notebook: of_notebook(name, notebook) for notebook in (*PIPELINE[:2], *notebooks[name])
         }
         for name in hierarchies
     }

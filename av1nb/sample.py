@@ -387,6 +387,13 @@ def _read_nodes(folder, entry, temporary):
     return nodes
 
 # %% ../nbs/19_sample.ipynb #811323d6
+def _streams(entry):
+    return {
+        int(q): {k: v for k, v in stream.items() if k != "nodes"}
+        for q, stream in entry["streams"].items()
+    }
+
+
 def load_sample(
     names: Sequence[str] | None = None,  # pictures to load; None loads all
     folder: str | os.PathLike | None = None,  # folder of a sample; None is the shipped one
@@ -407,10 +414,7 @@ def load_sample(
             Picture(
                 luma=_read_luma(folder, manifest, entry),
                 nodes=_read_nodes(folder, entry, temporary),
-                streams={
-                    int(q): {k: v for k, v in stream.items() if k != "nodes"}
-                    for q, stream in entry["streams"].items()
-                },
+                streams=_streams(entry),
                 **{k: entry[k] for k in _TEXTS},
             )
             for entry in manifest["pictures"]
