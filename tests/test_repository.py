@@ -178,6 +178,8 @@ def exported_cells():
     for path in sorted((ROOT / "av1nb").glob("[a-z]*.py")):
         for source in re.split(r"^# %% .*\n", path.read_text(), flags=re.M)[1:]:
             tree = ast.parse(source)
+            if source.startswith("__all__"):
+                continue  # generated
             names = (getattr(node, "name", None) for node in tree.body)
             yield path.stem, next((name for name in names if name), ""), source.strip("\n"), tree
 
@@ -194,7 +196,7 @@ def comment_rows(source):
 
 
 def public_functions(tree):
-    "Name and node of public functions and of the public methods (and `__init__`) of public classes."
+    "Name and node of public functions, and of the public methods of public classes."
     for node in tree.body:
         if getattr(node, "name", "_").startswith("_"):
             continue
@@ -244,6 +246,8 @@ def test_lines_of_code_fit_the_page():
         for number, cell in enumerate(nbformat.read(path, 4).cells):
             if cell.cell_type == "code":
                 wide = [line for line in cell.source.split("\n") if len(line) > 100]
+                # a row of a list of files ends with its SHA-256
+                wide = [line for line in wide if not re.search(r"\| [0-9a-f]{64}$", line)]
                 assert not wide, f"{path.relative_to(ROOT)}, cell {number}: {wide[0]}"
     for module, _, source, _ in exported_cells():
         assert all(len(line) <= 100 for line in source.split("\n")), module
