@@ -29,13 +29,7 @@ from pathlib import Path
 import pandas as pd
 
 import av1nb
-from .heads import find_hierarchy, is_binary
-from .datasets import versions
-from .metrics import compare_seeds, over_seeds
-from .pipeline import QUESTIONS
-from .recipes import recipe_for
-from .files import atomic_file, from_root, repository
-from .training import save_json
+from .files import atomic_file, from_root, repository, save_json
 
 # %% ../nbs/27_runs.ipynb #ceeed332
 @dataclass(frozen=True)
@@ -249,6 +243,8 @@ class RunDirectory:
 # %% ../nbs/27_runs.ipynb #94fd94ab
 def environment() -> dict:
     "Versions of Python and of the packages that can change a result, and the kind of machine."
+    from av1nb.datasets import versions  # PyTorch, which only what has run needs
+
     return {**versions(), "machine": platform.machine(), "cores": os.cpu_count()}
 
 
@@ -689,6 +685,9 @@ def settings_for(hierarchy: str) -> dict:
     """Settings of the demonstration for a hierarchy, stage notebook → parameters; none for training
     notebooks that it has no stage for.
     """
+    from av1nb.heads import find_hierarchy, is_binary
+    from av1nb.recipes import recipe_for
+
     tree = find_hierarchy(hierarchy)
     unused = PIPELINE[3 + len(tree.stages) : 7]
     demo = {name: values for name, values in DEMO.items() if name not in unused}
@@ -729,6 +728,8 @@ def read_result(
 
     Raises `FileNotFoundError` where there is none, `RunError` where something is missing in it.
     """
+    from av1nb.pipeline import QUESTIONS
+
     folder = Path(folder)
     path = next((folder / name for name in RESULT_FILES if (folder / name).is_file()), None)
     if path is None:
@@ -800,6 +801,8 @@ def over_models(
     # bounds with one seed
 ) -> pd.DataFrame:
     "Means over seeds of every cost and measure."
+    from av1nb.metrics import over_seeds
+
     parts = []
     for measure in (*COSTS, *MEASURES):
         known = rows[rows[measure].notna()]
@@ -824,6 +827,8 @@ def differences(
     """Paired differences of every measure over the seeds that both models have; NaN bounds with one
     seed, which shows no difference.
     """
+    from av1nb.metrics import compare_seeds
+
     if reference not in set(rows["model"]):
         raise ValueError(
             f"there is no model {reference!r}: compare with one of"
@@ -951,6 +956,8 @@ def notebooks_of(name: str) -> tuple:  # stage notebooks that follow the prepara
 
     Raises `ValueError` for an unknown name.
     """
+    from av1nb.heads import find_hierarchy
+
     if name in OTHERS:
         return OTHERS[name]
     unused = PIPELINE[3 + len(find_hierarchy(name).stages) : 7]
