@@ -378,7 +378,7 @@ def _film(path, numbers=None, picture=False):
 
     y4m, last = _y4m_header(path), None if numbers is None else max(numbers, default=-1)
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError(f"{path} has no video track.")
             stream = container.streams.video[0]
@@ -472,7 +472,7 @@ def spread_frames(
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError(f"{path} has no video track.")
             total = sum(packet.size > 0 for packet in container.demux(video=0))
