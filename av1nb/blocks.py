@@ -65,7 +65,7 @@ def _can_compile():
 
     return True
 
-
+# %% ../nbs/08_blocks.ipynb #1e47c14e
 @lru_cache
 def _cutter(side, streaming):
     """Compiled copy of blocks of `side`×`side` samples out of a frame at `address`, with `stride`

@@ -349,6 +349,21 @@ def _node_type_table(size):
 _NODE_TYPE = {size: _node_type_table(size) for size in SIZES}
 
 
+def _require_smaller_leaf(is_split, code, leaf_type, size, sb_size):
+    "The first leaf of a SPLIT node fits into a quarter of it; at 8×8 it is a 4×4 block."
+    wrong = is_split & ((BLOCK_WIDTH[code] > size // 2) | (BLOCK_HEIGHT[code] > size // 2))
+    if size == 8:
+        wrong |= is_split & ~np.isin(leaf_type, (PartitionType.NONE, PartitionType.SPLIT))
+    if wrong.any():
+        r, c = np.argwhere(wrong)[0]
+        shape = f"{BLOCK_WIDTH[code[r, c]]}×{BLOCK_HEIGHT[code[r, c]]}"
+        raise ValueError(
+            f"No partition tree with {sb_size}×{sb_size} superblocks fits: at row {r * size},"
+            f" column {c * size} a {shape} block says type {leaf_type[r, c]} inside a node of"
+            f" {size}×{size}. Check the superblock size and where the arrays come from."
+        )
+
+# %% ../nbs/01_partitions.ipynb #728d9e9f
 def coded_nodes(
     # BLOCK_SIZE code of the block over each mi unit, integers 0–21 [mi rows, mi columns]
     block_size: np.ndarray,
@@ -399,21 +414,6 @@ def coded_nodes(
         )
     columns = (np.concatenate(column).astype(np.int64) for column in zip(*levels))
     return pd.DataFrame(dict(zip(("size", "row", "col", "type", "qindex"), columns)))
-
-
-def _require_smaller_leaf(is_split, code, leaf_type, size, sb_size):
-    "The first leaf of a SPLIT node fits into a quarter of it; at 8×8 it is a 4×4 block."
-    wrong = is_split & ((BLOCK_WIDTH[code] > size // 2) | (BLOCK_HEIGHT[code] > size // 2))
-    if size == 8:
-        wrong |= is_split & ~np.isin(leaf_type, (PartitionType.NONE, PartitionType.SPLIT))
-    if wrong.any():
-        r, c = np.argwhere(wrong)[0]
-        shape = f"{BLOCK_WIDTH[code[r, c]]}×{BLOCK_HEIGHT[code[r, c]]}"
-        raise ValueError(
-            f"No partition tree with {sb_size}×{sb_size} superblocks fits: at row {r * size},"
-            f" column {c * size} a {shape} block says type {leaf_type[r, c]} inside a node of"
-            f" {size}×{size}. Check the superblock size and where the arrays come from."
-        )
 
 # %% ../nbs/01_partitions.ipynb #5f744524
 def is_inside(

@@ -119,10 +119,9 @@ def test_lock_covers_what_settings_ask_for():
     assert {re.split(r"[<>=]", w)[0].lower() for w in wanted} <= locked
 
 
-# Exported cells of more than 70 lines: module and first name.
-# libaom's C structures and tables are lists; the others are one class or one story each.
+# Exported cells of more than 70 lines, by module and first name. The list may only get shorter.
+# C structures and tables of libaom are lists by nature; the others are still to be cut.
 LONG_CELLS = {
-    ("blocks", "_can_compile"),
     ("cli", "demo"),
     ("cli", "predict"),
     ("cli", "encode"),
@@ -142,7 +141,6 @@ LONG_CELLS = {
     ("joint", "stage_probabilities"),
     ("joint", "tree_report"),
     ("libaom", "Libaom"),
-    ("partitions", "_node_type_table"),
     ("partitions", "Hierarchy"),
     ("pictures", "Pictures"),
     ("pictures", "VideoInfo"),
