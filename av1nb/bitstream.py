@@ -41,6 +41,7 @@ class Bits:
         self,
         count: int = 1,  # number of bits
     ) -> int:  # their value
+        "The next bits as a number. Raises `ValueError` past the end."
         end = self.position + count
         if end > 8 * len(self.data):
             raise ValueError("a header ends too early")
@@ -95,6 +96,7 @@ class Obu:
         self,
         operating_point: int,  # layers of the point, as in `SequenceHeader.operating_points`
     ) -> bool:  # whether a decoder that plays this point decodes the unit
+        "Headers of the sequence and units without an extension belong to every point."
         if not operating_point or self.extension is None or self.kind == SEQUENCE_HEADER:
             return True
         temporal = operating_point >> (self.extension >> 5) & 1
@@ -399,6 +401,7 @@ class Item:
         self,
         kind: str,  # box type
     ) -> bytes:  # content of the first such property, empty if there is none
+        "One property of the item."
         return next((content for found, content in self.properties if found == kind), b"")
 
     def data(
@@ -548,6 +551,7 @@ class Items:
         self,
         number: int,  # item that is derived from others
     ) -> tuple[int, ...]:  # those others, in order
+        "Items that another one is put together from, such as the tiles of a grid."
         return tuple(
             one
             for kind, start, targets in self.references

@@ -227,7 +227,7 @@ class Libaom:
         function.restype, function.argtypes = result, arguments
         setattr(self, name, function)
 
-    def bind_encoder(self):
+    def bind_encoder(self) -> None:
         """Bind the encoder's functions and check the layout of its configuration.
 
         Raises `LibaomError` if it is not the expected one.
@@ -248,6 +248,7 @@ class Libaom:
         code: int,  # return value of a libaom function
         context: _Context | None = None,  # where the error happened, for its detail
     ) -> str:  # libaom's own words
+        "What an error is."
         detail = self.aom_codec_error_detail(ctypes.byref(context)) if context is not None else None
         return self.aom_codec_err_to_string(code).decode() + (
             f" ({detail.decode(errors='replace').strip()})" if detail else ""
@@ -305,7 +306,7 @@ def _default_config(libaom, usage):
 # %% ../nbs/03_libaom.ipynb #5d0c1201
 def compiled(
     function: Callable,  # of numbers and arrays, as numba takes them
-):
+) -> Callable:  # the same, compiled when it is first called
     """The function compiled by numba, once for all processes where there is a folder for the
     result, else once in each.
 

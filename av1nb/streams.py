@@ -228,7 +228,7 @@ class Trees(_DisplayOrder, Iterator):
     def __next__(self):
         return next(self._frames)
 
-    def close(self):
+    def close(self) -> None:
         "End early and free the decoder; needed only where not all frames are read."
         self._frames.close()
 
