@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -26,11 +27,31 @@ def av1nb(*arguments, check=True, **environment):
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory):
-    "A run directory in which every stage has run for one epoch on eight pictures of the sample."
+def shared(tmp_path_factory, worker_id):
+    "A folder that all processes of this test run have in common."
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def small_run(shared):
+    """A run directory in which every stage has run for one epoch on eight pictures of the sample.
+
+    The first process that wants it makes it; no test changes it.
+    """
     from av1nb import runs
 
-    run = runs.RunDirectory(tmp_path_factory.mktemp("runs") / "small")
+    run = runs.RunDirectory(shared / "small")
+    with FileLock(shared / "small.lock"):
+        if not (run / "metrics.json").exists():
+            make_small_run(run)
+    return run
+
+
+def make_small_run(run):
+    "Run all ten stages and write the table of metrics, which comes last."
+    from av1nb import runs
+
     # the smaller ones
     pictures = ["ascent", "brick", "camera", "coffee", "coins", "rocket", "temple", "text"]
     once = {"epochs": 1, "batch_size": 256, "frozen_epochs": 0}
@@ -45,4 +66,3 @@ def small_run(tmp_path_factory):
     }
     runs.run_notebooks(runs.PIPELINE, run, {"seed": 1}, per_stage, quiet=True)
     runs.summarise(run)
-    return run
