@@ -6,8 +6,8 @@
 __all__ = ['PIPELINE_NOTEBOOKS', 'PIPELINE', 'NOTEBOOKS', 'DEMO', 'BAR', 'COMPARED', 'ASKED', 'SCORES', 'MEASURES', 'COSTS',
            'RESULT_FILES', 'OTHERS', 'StageNotebook', 'RunError', 'maker_of', 'RunDirectory', 'environment',
            'code_hash', 'notebooks_folder', 'find_notebook', 'parameters_of', 'parameter_table', 'notebook_table',
-           'stated_values', 'parse_parameters', 'run_notebook', 'is_done', 'run_notebooks', 'clear', 'read_json',
-           'trainings', 'summarise', 'format_table', 'shown_text', 'shown_outputs', 'publish_outputs', 'publish_pages',
+           'stated_values', 'parse_parameters', 'run_notebook', 'is_done', 'run_notebooks', 'clear', 'trainings',
+           'summarise', 'format_table', 'shown_text', 'shown_outputs', 'publish_outputs', 'publish_pages',
            'settings_for', 'read_result', 'find_results', 'over_models', 'differences', 'best_baselines',
            'comparison_table', 'share_data', 'notebooks_of', 'compare', 'run_benchmarks']
 
@@ -29,7 +29,15 @@ from pathlib import Path
 import pandas as pd
 
 import av1nb
-from .files import atomic_file, from_root, repository, save_json
+from av1nb.files import (
+    atomic_file,
+    from_root,
+    inside,
+    read_json,
+    repository,
+    require_fields,
+    save_json,
+)
 
 # %% ../nbs/27_runs.ipynb #ceeed332
 @dataclass(frozen=True)
@@ -218,18 +226,20 @@ class RunDirectory:
         return str(self.path)
 
     def room(self, name):
-        "The subdirectory `name`, made if absent."
-        room = self.path / name
+        "The subdirectory `name`, made if absent. `RunError` for a link that leads elsewhere."
+        room = inside(self.path, name, RunError)
         room.mkdir(parents=True, exist_ok=True)
         return room
 
     def require(self, *names):
         """The path of `names[0]` once all of `names` exist below the run; `FileNotFoundError` says
-        which stage notebook makes a missing one.
+        which stage notebook makes a missing one, `RunError` that one is a link out of the run.
         """
         for name in names:
             pattern = self.path / name
-            if any(pattern.parent.glob(pattern.name)):
+            if found := list(pattern.parent.glob(pattern.name)):
+                for path in found:
+                    inside(self.path, path.relative_to(self.path).as_posix(), RunError)
                 continue
             maker = maker_of(name)
             how = (
@@ -404,6 +414,12 @@ def _receipt(run, name):
     return run / f"notebooks/{name}.json"
 
 
+def _read_receipt(run, name):
+    path, remedy = _receipt(run, name), "Remove it, and the notebook runs again."
+    kinds = dict(made=list, parameters=dict, code=str, seconds=(int, float))
+    return require_fields(read_json(path, RunError, remedy), kinds, str(path), RunError)
+
+
 def _files(run):
     "What the notebooks hand on: path below the run → time of its last change."
     return {
@@ -425,9 +441,9 @@ def is_done(
     path = _receipt(run, name)
     if not path.exists():
         return False
-    receipt = json.loads(path.read_text(encoding="utf-8"))
+    receipt = _read_receipt(run, name)
     return (
-        all((run / made).exists() for made in receipt["made"])
+        all(inside(run, made, RunError).exists() for made in receipt["made"])
         and receipt["parameters"] == json.loads(json.dumps(parameters))
         and receipt["code"] == code_hash(find_notebook(name))
     )
@@ -459,7 +475,7 @@ def run_notebooks(
         values = {k: v for k, v in parameters.items() if k in taken[name]} | own.get(name, {})
         head = f"[{number}/{len(notebooks)}] {name}"
         if keep and not rerun and is_done(run, name, values):
-            seconds[name] = json.loads(_receipt(run, name).read_text(encoding="utf-8"))["seconds"]
+            seconds[name] = _read_receipt(run, name)["seconds"]
             print(f"{head}: done before, kept", flush=True)
             continue
         rerun = True  # what follows depends on it
@@ -529,11 +545,6 @@ def clear(run: RunDirectory):
         if (run / room).is_dir():
             shutil.rmtree(run / room)
     (run / "metrics.json").unlink(missing_ok=True)
-
-
-def read_json(path):
-    "The content of a JSON file."
-    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def trainings(run: RunDirectory) -> list[dict]:
@@ -938,6 +949,8 @@ def share_data(
     for room in ("raw", "dataset"):
         if (run / room).exists():
             continue
+        for path in (source / room).rglob("*"):  # a copy would hold what a link leads to
+            inside(source, path.relative_to(source.path).as_posix(), RunError)
         part = run / f".{room}.part"
         if part.exists():
             shutil.rmtree(part)  # of a process that was killed while it copied
@@ -1131,7 +1144,7 @@ def run_benchmarks(run: RunDirectory, quiet: bool = False) -> Path:
         run_notebook(
             path, run.room("notebooks") / f"bench_{path.stem}.ipynb", {"out": str(out)}, quiet=quiet
         )
-        parts[path.stem] = json.loads(out.read_text(encoding="utf-8"))
+        parts[path.stem] = read_json(out)
     rows = [{"benchmark": name, **row} for name, part in parts.items() for row in part["ratios"]]
     save_json({"ratios": rows, "benchmarks": parts, "versions": environment()}, run / "bench.json")
     return run / "bench.json"

@@ -144,6 +144,7 @@ def good(tmp_path_factory):
         lambda path: recordings.verify_recording(root, "a_q80"),
         changed_bytes,
         changed_json,
+        names=("a_q80",),
     )
     add("frames", root / "frames/a.npy", lambda path: recordings.read_frames(root, "a"))
 
