@@ -1,7 +1,9 @@
 """All ten stages from the sample to the table, headlessly, and what they leave behind."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 
 import nbformat
@@ -144,6 +146,25 @@ def test_a_notebook_opened_in_its_own_folder_finds_the_run(small_run, tmp_path, 
     assert not (ROOT / folder / "runs").exists()  # nothing was made beside the notebook
     # seconds included: it was not trained again
     assert training.History.load(small_run / "models/stage1_history.pt") == before
+
+
+def test_pages_show_the_results_of_a_run_without_bars(small_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "nbs/stages", tmp_path / "nbs/stages")
+    monkeypatch.setenv("AV1NB_NOTEBOOKS", str(tmp_path / "nbs"))
+    elsewhere = [
+        dataclasses.replace(notebook, shown=str(tmp_path / "joint"))
+        for notebook in runs.NOTEBOOKS[len(runs.PIPELINE) :]
+    ]
+    monkeypatch.setattr(runs, "NOTEBOOKS", (*runs.PIPELINE_NOTEBOOKS, *elsewhere))
+    runs.publish_pages(small_run.path)
+    assert capsys.readouterr().out.count("its page stays as it is") == len(elsewhere)
+    for name in runs.PIPELINE:
+        page = nbformat.read(tmp_path / f"nbs/stages/{name}.ipynb", 4)
+        outputs = [o for cell in page.cells for o in cell.get("outputs", [])]
+        assert outputs, name
+        for output in outputs:
+            said = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            assert not re.search(r"\d+%\||Path\(", said) and str(small_run.path) not in said, said
 
 
 def test_predict_and_evaluate_on_a_new_video(small_run, tmp_path):
