@@ -29,6 +29,7 @@ from av1nb.sample import (
     LEAST_FACTOR,
     Picture,
     SampleError,
+    counts_by_qindex,
     load_sample,
     node_counts,
     planes_from_rgb,
@@ -864,29 +865,9 @@ def skipped_table(
         columns=["file", "reason", "group"],
     )
 
-# %% ../nbs/20_corpus.ipynb #2495996c
-def corpus_card(
-    folder: str | os.PathLike,  # of a corpus
-) -> str:  # Markdown
-    """Card of a corpus: sources, authors, licences, options, counts, what was skipped, hashes.
-
-    Raises `CorpusError` for what is missing or damaged.
-    """
-    table, skipped, options, pictures = (
-        corpus_table(folder),
-        skipped_table(folder),
-        _read_corpus(folder)["options"],
-        load_corpus(folder),
-    )
-    counts = node_counts(pictures)
-    by_qindex = counts.groupby("qindex").sum()
-    by_qindex.loc["all"] = by_qindex.sum()
-    by_qindex.insert(0, "nodes", by_qindex.sum(axis=1))
-    licences = (
-        table.groupby("licence")
-        .agg(pictures=("file", "size"), frames=("frames", "sum"))
-        .reset_index()
-    )
+# %% ../nbs/20_corpus.ipynb #7667c0ab
+def _card_rows(pictures):
+    "Origins and hashes of the sequences."
     carried = [
         dict(
             sequence=p.name,
@@ -910,6 +891,30 @@ def corpus_card(
         }
         for p in pictures
     ]
+    return carried, hashes
+
+# %% ../nbs/20_corpus.ipynb #2495996c
+def corpus_card(
+    folder: str | os.PathLike,  # of a corpus
+) -> str:  # Markdown
+    """Card of a corpus: sources, authors, licences, options, counts, what was skipped, hashes.
+
+    Raises `CorpusError` for what is missing or damaged.
+    """
+    table, skipped, options, pictures = (
+        corpus_table(folder),
+        skipped_table(folder),
+        _read_corpus(folder)["options"],
+        load_corpus(folder),
+    )
+    counts = node_counts(pictures)
+    by_qindex = counts_by_qindex(counts)
+    licences = (
+        table.groupby("licence")
+        .agg(pictures=("file", "size"), frames=("frames", "sum"))
+        .reset_index()
+    )
+    carried, hashes = _card_rows(pictures)
     cq = ", ".join(f"{cq_level_of(q)} (qindex {q})" for q in options["qindexes"])
     return (
         "\n\n".join([

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_FACTOR', 'resize_plane', 'planes_from_rgb', 'planes_from_ycbcr', 'Picture', 'SampleError', 'sample_folder',
-           'write_sample', 'read_manifest', 'load_sample', 'node_counts', 'sample_card', 'verify_sample',
-           'write_sample_raw']
+           'write_sample', 'read_manifest', 'load_sample', 'node_counts', 'counts_by_qindex', 'sample_card',
+           'verify_sample', 'write_sample_raw']
 
 # %% ../nbs/19_sample.ipynb #8d9dafc4
 import io
@@ -188,7 +188,44 @@ def _pack_logs(pictures):
                     tar.addfile(info, io.BytesIO(data))
     return lzma.compress(packed.getvalue(), preset=9 | lzma.PRESET_EXTREME)
 
+# %% ../nbs/19_sample.ipynb #cae658f6
+def _require_shippable(p):
+    "Raise ValueError for a picture whose name, luma or trees a sample cannot hold."
+    require_name("picture", p.name)
+    if p.luma.dtype != np.uint16 or p.luma.ndim != 3 or p.luma.max() > 1023:
+        raise ValueError(
+            f"{p.name}: the luma must be 10-bit uint16 [frames, H, W]; it is {p.luma.dtype}"
+            f" {p.luma.shape} with a maximum of {p.luma.max()}."
+        )
+    for qindex, nodes in p.nodes.items():
+        if set(nodes["frame"]) != set(range(len(p.luma))):
+            raise ValueError(
+                f"{p.name}: the nodes at qindex {qindex} belong to the frames"
+                f" {sorted(set(nodes['frame']))}, but there are {len(p.luma)} frames."
+            )
 
+
+def _entry(p, path):
+    "What the manifest says of a picture."
+    frames, height, width = p.luma.shape
+    return dict(
+        name=p.name,
+        title=p.title,
+        author=p.author,
+        licence=p.licence,
+        source=p.source,
+        source_sha256=p.source_sha256,
+        notice=p.notice,
+        preparation=p.preparation,
+        frames=frames,
+        height=height,
+        width=width,
+        luma=path,
+        luma_sha256=sha256(p.luma),
+        streams={str(q): dict(p.streams[q], nodes=len(p.nodes[q])) for q in sorted(p.nodes)},
+    )
+
+# %% ../nbs/19_sample.ipynb #61ee7ad2
 def write_sample(
     pictures: Sequence[Picture],  # what to ship; names must differ
     encoder: Mapping,  # library, version and options that all streams share; kept in the manifest
@@ -210,43 +247,12 @@ def write_sample(
         )
     contents, entries = {}, []
     for p in sorted(pictures, key=lambda p: p.name):
-        require_name("picture", p.name)
-        if p.luma.dtype != np.uint16 or p.luma.ndim != 3 or p.luma.max() > 1023:
-            raise ValueError(
-                f"{p.name}: the luma must be 10-bit uint16 [frames, H, W]; it is {p.luma.dtype}"
-                f" {p.luma.shape} with a maximum of {p.luma.max()}."
-            )
-        for qindex, nodes in p.nodes.items():
-            if set(nodes["frame"]) != set(range(len(p.luma))):
-                raise ValueError(
-                    f"{p.name}: the nodes at qindex {qindex} belong to the frames"
-                    f" {sorted(set(nodes['frame']))}, but there are {len(p.luma)} frames."
-                )
+        _require_shippable(p)
         path = f"luma/{p.name}.jxl"
         contents[path] = imagecodecs.jpegxl_encode(
             np.concatenate(p.luma), lossless=True, effort=7, bitspersample=10, numthreads=1
         )
-        frames, height, width = p.luma.shape
-        entries.append(
-            dict(
-                name=p.name,
-                title=p.title,
-                author=p.author,
-                licence=p.licence,
-                source=p.source,
-                source_sha256=p.source_sha256,
-                notice=p.notice,
-                preparation=p.preparation,
-                frames=frames,
-                height=height,
-                width=width,
-                luma=path,
-                luma_sha256=sha256(p.luma),
-                streams={
-                    str(q): dict(p.streams[q], nodes=len(p.nodes[q])) for q in sorted(p.nodes)
-                },
-            )
-        )
+        entries.append(_entry(p, path))
     contents["logs.tar.xz"] = _pack_logs(pictures)
     manifest = dict(
         format="av1nb sample 1",
@@ -441,14 +447,18 @@ def node_counts(
     ).set_axis(pd.MultiIndex.from_tuples(counts, names=["sequence", "qindex"]))
 
 
-def _card(manifest, pictures):
-    encoder, counts = manifest["encoder"], node_counts(pictures)
+def counts_by_qindex(
+    counts: pd.DataFrame,  # of `node_counts`
+) -> pd.DataFrame:  # indexed by qindex and "all": `nodes`, and a column a type
+    "The counts of all sequences together."
     by_qindex = counts.groupby("qindex").sum()
     by_qindex.loc["all"] = by_qindex.sum()
     by_qindex.insert(0, "nodes", by_qindex.sum(axis=1))
-    by_sequence = counts.groupby("sequence").sum()
-    by_sequence.insert(0, "nodes", by_sequence.sum(axis=1))
-    qindexes = counts.sum(axis=1).unstack("qindex").add_prefix("q ")
+    return by_qindex
+
+# %% ../nbs/19_sample.ipynb #e2dc6ebf
+def _card_tables(pictures):
+    "Origins, notices (text → names of its pictures) and hashes."
     sources = pd.DataFrame([
         {
             "sequence": p.name,
@@ -473,6 +483,16 @@ def _card(manifest, pictures):
         }
         for p in pictures
     ])
+    return sources, notices, hashes
+
+# %% ../nbs/19_sample.ipynb #7611fa1f
+def _card(manifest, pictures):
+    encoder, counts = manifest["encoder"], node_counts(pictures)
+    by_qindex = counts_by_qindex(counts)
+    by_sequence = counts.groupby("sequence").sum()
+    by_sequence.insert(0, "nodes", by_sequence.sum(axis=1))
+    qindexes = counts.sum(axis=1).unstack("qindex").add_prefix("q ")
+    sources, notices, hashes = _card_tables(pictures)
     return (
         "\n\n".join([
             "# Card of the sample",
