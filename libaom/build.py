@@ -222,14 +222,16 @@ def unpack(folder, target, version=DEFAULT):
 
 
 def hook_version(library):
-    "Version of the hook in a library, asked in a process of its own."
-    code = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).av1nb_hook_version())"
+    "Version of the hook in a library, 0 without one, asked in a process of its own; None: broken."
+    code = (
+        "import ctypes, sys; library = ctypes.CDLL(sys.argv[1]); library.aom_codec_version(); "
+        "print(getattr(library, 'av1nb_hook_version', int)())")
     command = [sys.executable, "-c", code, str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     return int(done.stdout) if done.returncode == 0 else None
 
 
-def build(source, temporary, version=DEFAULT):
+def build(source, temporary, version=DEFAULT, stock=False):
     "Build in a temporary folder; the library and what it was made from."
     missing = [what for what, names in TOOLS.items() if not any(map(shutil.which, names))]
     if missing:
@@ -241,10 +243,11 @@ def build(source, temporary, version=DEFAULT):
         source.mkdir()
         fetch(source, version)
     tree, used = unpack(source, temporary / "tree", version)
-    for name in HOOK:
-        shutil.copy(HERE / name, tree / "av1/encoder" / name)
-    patch = RELEASES[version].patch
-    run("patch", "-p1", "--fuzz=0", "-i", HERE / patch, what=f"The patch {patch}", cwd=tree)
+    if not stock:
+        for name in HOOK:
+            shutil.copy(HERE / name, tree / "av1/encoder" / name)
+        patch = RELEASES[version].patch
+        run("patch", "-p1", "--fuzz=0", "-i", HERE / patch, what=f"The patch {patch}", cwd=tree)
     generator = ("-G", "Ninja") if shutil.which("ninja") else ()
     out = temporary / "build"
     run("cmake", "-S", tree, "-B", out, *generator, *FLAGS, what="cmake")
@@ -255,7 +258,7 @@ def build(source, temporary, version=DEFAULT):
     return next(f.resolve() for f in names if f.exists()), used
 
 
-def fits(library, record):
+def fits(library, record, stock):
     "Is this a finished library whose file is the one that was built?"
     if not library.is_file() or not record.is_file():
         return False
@@ -263,7 +266,12 @@ def fits(library, record):
         recorded = json.loads(record.read_text()).get("sha256")
     except ValueError:
         return False
-    return recorded == sha256(library) and bool(hook_version(library))
+    return recorded == sha256(library) and is_usable(hook_version(library), stock)
+
+
+def is_usable(hook, stock):
+    "Does the library load, and has it a hook just if it must have one?"
+    return hook is not None and (hook == 0) == stock
 
 
 def main():
@@ -278,14 +286,19 @@ def main():
         help="folder of the cache (AV1NB_CACHE)")
     parser.add_argument(
         "--force", action="store_true", help="build although a library that fits is in the cache")
+    parser.add_argument(
+        "--stock", action="store_true",
+        help="build it the same way without the hook, to compare with")
     options = parser.parse_args()
     version = options.version
     # The newest record is the one that av1nb takes where no library is named, so only that of the
     # default release may be new.
     stamp = None if version == DEFAULT else (0, 0)
-    folder = Path(options.cache) / f"libaom-{version}-{key(version)}"
+    stock = options.stock
+    name = f"stock-{version}" if stock else f"libaom-{version}-{key(version)}"
+    folder = Path(options.cache) / name
     library, record = folder / "libaom.so", folder / "build.json"
-    if not options.force and fits(library, record):
+    if not options.force and fits(library, record, stock):
         os.utime(record, stamp)
         print(f"{library} (in the cache)")
         return
@@ -293,18 +306,20 @@ def main():
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as temporary:
         temporary = Path(temporary)
+        kind = "without" if stock else "with"
         print(
-            f"Building libaom {version} with the partition hook (a few minutes) ...", flush=True)
-        built, used = build(options.source, temporary, version)
+            f"Building libaom {version} {kind} the partition hook (a few minutes) ...", flush=True)
+        built, used = build(options.source, temporary, version, stock)
         hook = hook_version(built)
-        if hook is None:
-            raise BuildError(f"{built.name} was built, but does not load or has no hook.")
+        if not is_usable(hook, stock):
+            raise BuildError(
+                f"{built.name} was built, but does not load or is not {kind} the hook.")
         ready = temporary / "ready"
         ready.mkdir()
         shutil.copy(built, ready / library.name)
         facts = dict(
-            libaom=version, hook=hook, sha256=sha256(built), key=key(version), sources=used,
-            flags=FLAGS)
+            libaom=version, hook=hook, sha256=sha256(built),
+            key=None if stock else key(version), sources=used, flags=FLAGS)
         fresh = ready / record.name
         fresh.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         os.utime(fresh, stamp)
