@@ -11,7 +11,8 @@
 enum { VISITED, LIMITED, IGNORED, RETRIED, OUTSIDE, COUNTS };
 enum {
   NONE_SPLIT = 1 << PARTITION_NONE | 1 << PARTITION_SPLIT,
-  AB_4 = 0x3F << PARTITION_HORZ_A,
+  AB = 0xF << PARTITION_HORZ_A,
+  STRIPS = 3 << PARTITION_HORZ_4,
   ALL = (1 << AV1NB_TYPES) - 1
 };
 
@@ -168,7 +169,7 @@ void av1nb_limit(const AV1_COMP *cpi, const MACROBLOCK *x, PartitionSearchState 
     state->partition_none_allowed &= left >> PARTITION_NONE & 1;
     state->do_square_split &= left >> PARTITION_SPLIT & 1;
     prune_halves(state, left);
-    state->av1nb_mask = left | (mask & legal & AB_4);
+    state->av1nb_mask = left | (mask & legal & (AB | STRIPS));
   }
   tally(LIMITED);
 }
@@ -184,7 +185,7 @@ void av1nb_after_split(PartitionSearchState *state) {
 
 int av1nb_extended(const PartitionSearchState *state, int allowed) {
   if (!state->av1nb_mask) return allowed;
-  if (!(state->av1nb_mask & AB_4)) return 0;
+  if (!(state->av1nb_mask & (AB | STRIPS))) return 0;
   return state->av1nb_mask & AV1NB_OVERRIDE ? 1 : allowed;
 }
 
@@ -194,9 +195,17 @@ int av1nb_force(const PartitionSearchState *state, int first, int count, int *al
   return 1;
 }
 
-void av1nb_keep(const PartitionSearchState *state, int first, int count, int *allowed) {
-  if (!state->av1nb_mask) return;
-  for (int i = 0; i < count; ++i) allowed[i] &= state->av1nb_mask >> (first + i) & 1;
+void av1nb_keep(const AV1_COMP *cpi, const MACROBLOCK *x, const PartitionSearchState *state,
+                int first, int count, int *allowed) {
+  if (state->av1nb_cell < 0) return;
+  // Where nothing has been found yet, libaom 3.12 allows types here that the block cannot have. A
+  // search without masks finds something before; one with masks may not.
+  const PartitionBlkParams *b = &state->part_blk_params;
+  int kept = 0;
+  if (b->has_rows && b->has_cols && b->bsize > BLOCK_8X8)
+    kept = AB | (legal_types(cpi, x, state) & STRIPS);
+  if (state->av1nb_mask) kept &= state->av1nb_mask;
+  for (int i = 0; i < count; ++i) allowed[i] &= kept >> (first + i) & 1;
 }
 
 void av1nb_tried(PartitionSearchState *state, int type, int64_t cost) {
