@@ -31,7 +31,7 @@ TUNINGS = {
     "variance boost": ({"deltaq-mode": 6, "deltaq-strength": 200}, False),
     "perceptual deltaq": ({"deltaq-mode": 3, "delta-lf-mode": 1}, True),
     "user rating deltaq": ({"deltaq-mode": 4}, True),
-    "quantiser sweep": ({"deltaq-mode": 2, "sb-qp-sweep": 1}, True),
+    "quantiser sweep": ({"deltaq-mode": 3, "sb-qp-sweep": 1}, True),
     "qm-psnr": ({"dist-metric": "qm-psnr", "enable-qm": 1, "sharpness": 7}, True),
     "tune=iq, 128": ({"tune": "iq", "sb-size": 128}, False),
     "lossless": ({"lossless": 1}, True),
@@ -262,7 +262,7 @@ def test_superblocks_that_libaom_chooses_itself(encoder, mode, cpu_used, options
 
 
 @MODES
-@pytest.mark.parametrize("cpu_used", [1, 4, 6])
+@pytest.mark.parametrize("cpu_used", [2, 4, 6])
 def test_its_own_tree_comes_out_again(encoder, mode, cpu_used):
     pictures, settings = scene(192, 136, 2), dict(mode=mode, cpu_used=cpu_used, cq_level=32)
     own = encode_masked(pictures, log=True, encoder=encoder, **settings)
@@ -276,12 +276,13 @@ def test_its_own_tree_comes_out_again(encoder, mode, cpu_used):
 @MODES
 @pytest.mark.parametrize("cpu_used", [3, 6])
 def test_only_what_is_allowed_is_tried_and_an_override_tries_it(encoder, mode, cpu_used):
-    width, height = 192, 136
-    for types in ((0, 3), (0, 1, 3), (0, 1, 2, 3), (0, 3, 4, 5, 6, 7), (0, 3, 8, 9)):
+    width, height = 136, 136
+    pictures = scene(width, height)
+    for types in ((0, 3), (0, 1, 2, 3), (0, 3, 4, 5, 6, 7), (0, 3, 8, 9)):
         for override in (False, True):
             masks = MaskTable.uniform(1, width, height, types, override=override)
             result = encode_masked(
-                scene(width, height), masks, mode=mode, cpu_used=cpu_used, cq_level=32, log=True,
+                pictures, masks, mode=mode, cpu_used=cpu_used, cq_level=32, log=True,
                 encoder=encoder)
             nodes = result.log.nodes
             inside = is_inside(nodes, width, height)
@@ -336,7 +337,8 @@ def test_an_exhaustive_search_knows_every_cost(encoder):
 @pytest.mark.parametrize("tiles", [{"tile-columns": 1}, {"tile-columns": 1, "tile-rows": 1}])
 def test_tiles_in_several_threads_give_the_same_bytes(any_encoder, tiles):
     masks, pictures = random_masks(264, 136, 2, 1), scene(264, 136, 2)
-    for mode, cpu_used in (("allintra", 3), ("allintra", 5), ("good", 5)):
+    # From speed 5 of good quality on, libaom 3.12 itself leaves out filters if there are threads.
+    for mode, cpu_used in (("allintra", 4), ("allintra", 6), ("good", 4)):
         settings = dict(mode=mode, cpu_used=cpu_used, cq_level=40, log=True, encoder=any_encoder)
         options = {"row-mt": 0, **tiles}
         one, *several = (
