@@ -12,10 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from av1nb.encoder import MaskTable, encode_masked, encoder_cache, load_encoder, possible_types
-from av1nb.encoder import regret, search_costs
-from av1nb.partitions import PartitionType, is_inside, legal_types, random_tree
-from av1nb.streams import Libaom, LibaomError, check_libaom, encode, synthetic_picture
+from av1nb.costs import regret
+from av1nb.encoding import encode, synthetic_picture
+from av1nb.libaom import Libaom, LibaomError
+from av1nb.masks import MaskTable, masks_from_nodes, uniform_masks
+from av1nb.partitions import PartitionType, is_inside, legal_grid, legal_types, random_tree
+from av1nb.steering import encode_masked, encoder_cache, load_encoder, search_costs
+from av1nb.streams import check_libaom
 
 BUILD = Path(__file__).parent.parent / "libaom" / "build.py"
 SCRIPT = runpy.run_path(str(BUILD))
@@ -228,7 +231,7 @@ def test_any_legal_tree_comes_out_as_requested(encoder, mode, cpu_used):
     small = mode == "allintra" and cpu_used == 6
     make = trees_of_small_blocks if small else random_trees
     trees = make(width, height, frames, 10 * cpu_used)
-    table = MaskTable.from_nodes(trees, width, height)
+    table = masks_from_nodes(trees, width, height)
     result = encode_masked(
         scene(width, height, frames), table, mode=mode, cpu_used=cpu_used, cq_level=43,
         encoder=encoder)
@@ -242,7 +245,7 @@ def test_any_legal_tree_of_large_superblocks_comes_out_as_requested(encoder, mod
     trees = random_trees(width, height, 2, 20 + cpu_used, sb_size=128)
     assert {0, 1, 2, 3} & set(trees.loc[trees["size"] == 128, "type"]) != {3}
     result = encode_masked(
-        scene(width, height, 2), MaskTable.from_nodes(trees, width, height), mode=mode,
+        scene(width, height, 2), masks_from_nodes(trees, width, height), mode=mode,
         cpu_used=cpu_used, cq_level=43, options={"sb-size": 128}, log=True, encoder=encoder)
     pd.testing.assert_frame_equal(tree_of(result.nodes), tree_of(trees))
     assert_log_holds_the_coded_tree(result)
@@ -267,7 +270,7 @@ def test_its_own_tree_comes_out_again(encoder, mode, cpu_used):
     pictures, settings = scene(192, 136, 2), dict(mode=mode, cpu_used=cpu_used, cq_level=32)
     own = encode_masked(pictures, log=True, encoder=encoder, **settings)
     forced = encode_masked(
-        pictures, MaskTable.from_nodes(own.nodes, 192, 136), encoder=encoder, **settings)
+        pictures, masks_from_nodes(own.nodes, 192, 136), encoder=encoder, **settings)
     pd.testing.assert_frame_equal(tree_of(forced.nodes), tree_of(own.nodes))
     assert forced.counts["visited"] == len(own.nodes) < own.counts["visited"]
     assert abs(forced.psnr - own.psnr) < 0.5 and abs(forced.bytes / own.bytes - 1) < 0.05
@@ -280,7 +283,7 @@ def test_only_what_is_allowed_is_tried_and_an_override_tries_it(encoder, mode, c
     pictures = scene(width, height)
     for types in ((0, 3), (0, 1, 2, 3), (0, 3, 4, 5, 6, 7), (0, 3, 8, 9)):
         for override in (False, True):
-            masks = MaskTable.uniform(1, width, height, types, override=override)
+            masks = uniform_masks(1, width, height, types, override=override)
             result = encode_masked(
                 pictures, masks, mode=mode, cpu_used=cpu_used, cq_level=32, log=True,
                 encoder=encoder)
@@ -326,7 +329,7 @@ def test_an_exhaustive_search_knows_every_cost(encoder):
     width, height = 136, 104
     log = search_costs(scene(width, height), cpu_used=4, cq_level=43, encoder=encoder)
     for size in (64, 32, 16, 8):
-        possible, inside = possible_types(size, width, height), log.at(size)
+        possible, inside = legal_grid(size, width, height), log.at(size)
         assert (log.nodes["size"] == size).sum() == possible.any(-1).sum()  # every block there is
         assert np.isfinite(inside.costs[:, list(legal_types(size))]).all()
         assert regret(inside.costs, inside.nodes["type"].to_numpy()).max() == 0
@@ -367,7 +370,7 @@ def test_rows_in_several_threads_give_the_same_bytes_whatever_their_number(any_e
 def test_rows_in_several_threads_obey_the_masks(any_encoder, threads):
     trees = random_trees(264, 200, 2, 5)
     result = encode_masked(
-        scene(264, 200, 2), MaskTable.from_nodes(trees, 264, 200), cpu_used=5, cq_level=43,
+        scene(264, 200, 2), masks_from_nodes(trees, 264, 200), cpu_used=5, cq_level=43,
         threads=threads, options={"row-mt": 1, "tile-columns": 1}, log=True, encoder=any_encoder)
     pd.testing.assert_frame_equal(tree_of(result.nodes), tree_of(trees))
     pd.testing.assert_frame_equal(tree_of(result.log.nodes), tree_of(trees))
@@ -379,7 +382,7 @@ def test_rows_in_several_threads_obey_the_masks(any_encoder, threads):
 def test_frames_as_wide_and_as_high_as_8k(encoder, width, height):
     trees = trees_of_small_blocks(width, height, 1, 6)
     result = encode_masked(
-        scene(width, height), MaskTable.from_nodes(trees, width, height), cpu_used=6, cq_level=50,
+        scene(width, height), masks_from_nodes(trees, width, height), cpu_used=6, cq_level=50,
         encoder=encoder)
     pd.testing.assert_frame_equal(tree_of(result.nodes), tree_of(trees))
 
@@ -401,7 +404,7 @@ def test_tunings_leave_the_hook_intact(encoder, mode, tuning):
     assert_log_holds_the_coded_tree(own)
     trees = random_trees(width, height, 1, 9, sb_size=whole["sb-size"])
     forced = encode_masked(
-        pictures, MaskTable.from_nodes(trees, width, height), log=True, options=options,
+        pictures, masks_from_nodes(trees, width, height), log=True, options=options,
         encoder=encoder, **settings)
     pd.testing.assert_frame_equal(tree_of(forced.nodes), tree_of(trees))
     masks = random_masks(width, height, 1, 3)
