@@ -359,17 +359,17 @@ def boxes(
     start: int,  # where the first box begins
     end: int,  # where the last one ends
     # False: end at the first thing that is no box, as every player does at the end of a file
-    strict: bool = True,
+    whole: bool = True,
 ) -> Iterator[Box]:  # boxes in order
     """Walk over a row of boxes.
 
-    Raises `ValueError` if `strict` is set and one does not fit, or there are more than
+    Raises `ValueError` if `whole` is set and one does not fit, or there are more than
     `MAX_ENTRIES`.
     """
     for number in itertools.count():
         if start >= end:
             return
-        if strict and number == MAX_ENTRIES:
+        if whole and number == MAX_ENTRIES:
             raise ValueError(f"it has more than {MAX_ENTRIES} boxes in a row")
         file.seek(start)
         head = file.read(16)
@@ -379,7 +379,7 @@ def boxes(
         elif size == 0:  # reaches to the end of what it lies in
             size = end - start
         if len(head) < 8 or size < length or size > end - start:
-            if not strict:
+            if not whole:
                 return
             raise ValueError(f"a box {kind!r} does not fit into what it lies in")
         yield Box(kind, start + length, start + size)
@@ -752,7 +752,7 @@ def _handler(file, box):
 def _iso_boxes(file):
     "Box `meta` of a file's still picture, None if there is none, and the handlers of its tracks."
     meta, movie = None, None
-    for one in boxes(file, 0, file.seek(0, io.SEEK_END), strict=False):
+    for one in boxes(file, 0, file.seek(0, io.SEEK_END), whole=False):
         if one.kind == "meta":
             file.seek(one.start + 4)  # its first box is the handler
             head = file.read(20)
