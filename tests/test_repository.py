@@ -119,8 +119,8 @@ def test_lock_covers_what_settings_ask_for():
     assert {re.split(r"[<>=]", w)[0].lower() for w in wanted} <= locked
 
 
-# Exported cells of more than 70 lines, by module and first name. The list may only get shorter.
-# C structures and tables of libaom are lists by nature; the others are still to be cut.
+# Exported cells of more than 70 lines, by module and first name, which are still to be cut. The
+# list may only get shorter.
 LONG_CELLS = {
     ("cli", "demo"),
     ("cli", "predict"),
