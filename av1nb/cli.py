@@ -456,7 +456,7 @@ def encode(
         Path,
         typer.Argument(
             help=(
-                "a film or picture that FFmpeg reads, or .yuv (10 bits in 16-bit words, 4:2:0, with"
+                "any film or picture, or .yuv (4:2:0, more than 8 bits in 16-bit words, with"
                 " --width and --height)"
             )
         ),
@@ -474,8 +474,9 @@ def encode(
     frames: Annotated[
         int, typer.Option(min=0, help="so many frames from the beginning, 0: all")
     ] = 0,
-    width: Annotated[Optional[int], typer.Option(help="width of a .yuv video in pixels")] = None,
-    height: Annotated[Optional[int], typer.Option(help="height of a .yuv video in pixels")] = None,
+    width: Width = None,
+    height: Height = None,
+    bits: Bits = 10,
     weights: Annotated[
         Optional[Path],
         typer.Option(
@@ -503,7 +504,7 @@ def encode(
     predictor = joint.JointPredictor.load(weights or steering.shipped_weights())
     loading = time.process_time()  # since the process began, so with PyTorch's import
     library = steering.load_encoder()
-    film = pictures.read_pictures(video, frames or None, width, height)
+    film = pictures.read_pictures(video, frames or None, width, height, bits)
     typer.echo(
         f"{film}; policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation"
         " pictures"

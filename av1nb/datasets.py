@@ -77,7 +77,7 @@ def to_float(
         raise ValueError(
             "to_float takes 10-bit pixels as uint16, int16, int32 or int64 and got"
             f" {samples.dtype}; 8-bit pictures are scaled to 10 bits when they are read"
-            " (pictures.read_video)."
+            " (pictures.read_pictures)."
         )
     if check and samples.numel():
         low, high = (int(value) for value in _signed(samples).aminmax())

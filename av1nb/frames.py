@@ -48,7 +48,7 @@ def check_frame(
         )
         raise ValueError(
             f"{where} is {found}; a 10-bit luma plane as uint16 [height, width] is needed. 8-bit"
-            " pictures are scaled by pictures.read_video."
+            " pictures are scaled by pictures.read_pictures."
         )
     if min(luma.shape) < 8:
         raise ValueError(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPE_NAMES', 'joint_config', 'tree_scores', 'train_joint', 'JointRecipe', 'joint_recipe', 'read_run', 'train_run',
-           'save_half', 'shipped_weights', 'JointPredictor', 'read_luma', 'decode_tree', 'type_sets', 'tree_table',
+           'save_half', 'shipped_weights', 'JointPredictor', 'decode_tree', 'type_sets', 'tree_table',
            'stage_probabilities', 'fit_decisions', 'frame_maps', 'predict_blocks', 'level_report', 'predict_test',
            'load_predictor', 'node_answers', 'tree_report', 'level_table', 'type_table', 'report_text', 'intra_frames',
            'source_of', 'compared_nodes']
@@ -60,9 +60,7 @@ from av1nb.pipeline import (
 from av1nb.pictures import (
     decode_pictures,
     narrow_planes,
-    probe_video,
     read_pictures,
-    read_video,
     ten_bit,
 )
 from .streams import read_trees
@@ -446,87 +444,6 @@ class JointPredictor:
         started = time.process_time()
         self.maps(np.zeros((height, width), np.uint16), qindex)
         return time.process_time() - started
-
-# %% ../nbs/22_joint.ipynb #d4f1d9a4
-def read_luma(
-    path,  # film or picture that FFmpeg reads, or `.yuv` (10 bits in 16-bit words, 4:2:0)
-    frames: int = 1,  # so many from the beginning; 0: all
-    width: int | None = None,  # of a `.yuv`, in pixels
-    height: int | None = None,  # of a `.yuv`, in pixels
-    # uint16 [frames, H, W], 0–1023; what was done to the samples, in words
-) -> tuple[np.ndarray, str]:
-    """Luma of the first frames of a film on the 10-bit scale.
-
-    Raises `FileNotFoundError`, and `ValueError` for a file without a readable picture.
-    """
-    import av
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    if path.suffix.lower() == ".yuv":
-        count = probe_video(path, width, height).frames
-        return (
-            read_video(path, width, height, range(min(frames or count, count))),
-            "10-bit samples, as stored",
-        )
-    found, said = [], ""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} has no video track.")
-            for frame in itertools.islice(container.decode(video=0), frames or None):
-                plane, said = _ten_bit(frame)
-                found.append(plane)
-    except av.FFmpegError as error:
-        raise ValueError(
-            f"{path} cannot be decoded: {error.strerror}. Is it a film or a picture, and whole?"
-        ) from error
-    if not found:
-        raise ValueError(f"{path} holds no frame that can be decoded.")
-    if len({f.shape for f in found}) > 1:
-        raise ValueError(
-            f"{path} changes its size from {found[0].shape[::-1]} to"
-            f" {next(f.shape[::-1] for f in found if f.shape != found[0].shape)}; cut it into"
-            " parts."
-        )
-    return np.stack(found), said
-
-
-def _ten_bit(frame):
-    "Luma of a decoded frame on the 10-bit scale, and what was done."
-    import av
-
-    name, bits = frame.format.name, max(c.bits for c in frame.format.components)
-    full = "yuvj" in name or frame.color_range == av.video.reformatter.ColorRange.JPEG
-    if (
-        full
-        or not (name.startswith("yuv") or name.startswith("gray") or name.startswith("nv"))
-        or bits not in (8, 10, 12)
-    ):
-        plane, what = (
-            frame.reformat(
-                format="yuv420p10le", dst_colorspace="ITU709", dst_color_range="MPEG"
-            ).planes[0],
-            f"{name} converted to 10-bit narrow-range luma",
-        )
-        bits = 10
-    else:
-        plane, what = (
-            frame.planes[0],
-            {
-                8: "8-bit samples, multiplied by 4",
-                10: "10-bit samples, as stored",
-                12: "12-bit samples, divided by 4",
-            }[bits],
-        )
-    dtype = np.dtype(np.uint8 if bits == 8 else "<u2")
-    luma = (
-        np.frombuffer(plane, dtype)
-        .reshape(-1, plane.line_size // dtype.itemsize)[: frame.height, : frame.width]
-        .astype(np.uint16)
-    )
-    return {8: luma << 2, 10: luma, 12: luma >> 2}[bits], what
 
 # %% ../nbs/22_joint.ipynb #aca39f21
 def decode_tree(
@@ -948,7 +865,7 @@ def intra_frames(
     own = (frame for frame in trees if frame.frame_type == 0 and not frame.repeated)
     for frame in itertools.islice(own, frames or None):
         if pictures is None:
-            frame.luma = ten_bit(frame.luma, frame.bit_depth)
+            frame.luma = ten_bit(frame.luma, frame.bit_depth, frame.full_range)
         else:
             shown = next((one for number, one in pictures if number == frame.index), None)
             if shown is None:

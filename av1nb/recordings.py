@@ -37,7 +37,7 @@ from .bitstream import contents
 from .libaom import Libaom
 from .streams import read_trees
 from .encoding import QINDEXES, cq_level_of, encode
-from .pictures import probe_video, read_video, read_video_planes, require_ten_bit
+from .pictures import read_pictures, require_ten_bit, ten_bit
 from av1nb.contract import (
     NOT_CODED,
     _PLACE,
@@ -77,7 +77,8 @@ class Recording:
     # block size in pixels -> intra nodes that reach over the frame's edge, not among the blocks
     edge_nodes: dict[int, int]
     source_bit_depth: int  # of the pictures before they came onto the 10-bit scale
-    scale: int  # factor by which their samples were multiplied: 1, or 4 for 8 bits
+    # factor by which their samples were multiplied: 4 for 8 bits, 2 for 9; 1 where they are divided
+    scale: int
     source: str  # where the pictures and labels come from, in words
     files: dict[str, str]  # path below the folder -> SHA-256
 
@@ -391,7 +392,7 @@ class RecordingPlan:
     logs: bool = True  # write the partition logs
     reading: str = "coded"  # what the node table holds: "coded" or "searched" nodes
     source: str = ""  # where pictures and labels come from, in words
-    source_bit_depth: int = 10  # of the pictures before they came onto the 10-bit scale: 8 or 10
+    source_bit_depth: int = 10  # of the pictures before they came onto the 10-bit scale: 8 to 16
     # the pictures are what this encode decodes to, so that no other recording shares them
     decoded: bool = False
 
@@ -402,8 +403,10 @@ class RecordingPlan:
         require_name("sequence", self.sequence)
         if not self.sizes or set(self.sizes) - set(BLOCK_SIZES):
             raise ValueError(f"sizes is {list(self.sizes)}; block sizes are 8, 16, 32 and 64.")
-        if self.source_bit_depth not in (8, 10):
-            raise ValueError(f"source_bit_depth is {self.source_bit_depth}; it must be 8 or 10.")
+        if self.source_bit_depth not in range(8, 17):
+            raise ValueError(
+                f"source_bit_depth is {self.source_bit_depth}; it must be from 8 to 16."
+            )
         require_reading(self.reading)
 
     @property
@@ -590,7 +593,7 @@ def _stage(staging, root, plan, pictures, frames, nodes, stored):
         blocks=blocks,
         edge_nodes={size: int(of_intra.get(size, 0)) - count for size, count in blocks.items()},
         source_bit_depth=plan.source_bit_depth,
-        scale=4 if plan.source_bit_depth == 8 else 1,
+        scale=1 << max(0, 10 - plan.source_bit_depth),
         source=plan.source,
         files=digests,
     )
@@ -719,19 +722,16 @@ def _picture_of(where, frame, pictures, shape):
     """Luma of one decoded frame on the 10-bit scale, or its source's; `shape` is that of the frames
     before, None for the first.
     """
-    if frame.bit_depth not in (8, 10):
-        raise ValueError(
-            f"{where} has {frame.bit_depth} bits a sample; only 8 and 10 are supported."
-        )
     if pictures is None and frame.luma is None:
         raise ValueError(
             f"{where} was read without luma; read the stream with luma=True, or give the pictures."
         )
     if pictures is not None and frame.index >= len(pictures):
         raise ValueError(f"{where}: there are only {len(pictures)} pictures.")
-    luma = np.asarray(frame.luma if pictures is None else pictures[frame.index])
-    if pictures is None and frame.bit_depth == 8:
-        luma = luma.astype(np.uint16) * 4
+    if pictures is None:
+        luma = ten_bit(frame.luma, frame.bit_depth, frame.full_range)
+    else:
+        luma = np.asarray(pictures[frame.index])
     if pictures is not None and luma.shape != (frame.height, frame.width):
         raise ValueError(
             f"{where} is {frame.width}×{frame.height}, but its picture is"
@@ -750,8 +750,8 @@ def recording_from_frames(
     # what it is called and holds; whether its pictures are decoded ones follows from `pictures`,
     # and if they are, so does their bit depth
     plan: RecordingPlan,
-    # objects with index, luma (uint16 [height, width]), bit_depth and nodes(min_size), as
-    # `read_trees` yields them
+    # objects with index, luma (uint16 [height, width]), bit_depth, full_range and nodes(min_size),
+    # as `read_trees` yields them
     frames: Iterable,
     min_size: int = 8,  # smallest nodes to list, pixels
     # source luma, integers 0–1023 [frames, height, width], by display index; None: the decoded luma
@@ -759,7 +759,8 @@ def recording_from_frames(
 ) -> Recording:  # its description
     """Write a recording of coded nodes from decoded frames.
 
-    Raises `ValueError` for frames of several sizes, without luma, or of more than 10 bits.
+    The decoded luma comes onto the 10-bit narrow range by the rule of `pictures`. Raises
+    `ValueError` for frames of several sizes or bit depths, or without luma.
     """
     found, tables, depths, left_out, shape = {}, [], set(), 0, None
     for frame in frames:
@@ -872,7 +873,7 @@ def import_streams(
 # %% ../nbs/09_recordings.ipynb #f63eb0d2
 def import_videos(
     root: str | Path,  # folder of raw data; made if missing; the streams go to its folder streams/
-    inputs: Iterable,  # videos: .y4m, or .yuv with width and height
+    inputs: Iterable,  # films or pictures, or .yuv with width and height; see `read_pictures`
     # sequence name of each input; empty: the file names without ending
     sequences: Iterable[str] = (),
     width: int | None = None,  # of .yuv videos, pixels
@@ -881,33 +882,38 @@ def import_videos(
     cpu_used: int = 1,  # speed preset of libaom, 0 (slowest) to 9
     sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
     excel: bool = True,  # write the workbooks
+    bits: int = 10,  # of .yuv videos: 8, or 9 to 16 in 16-bit words
 ) -> list[Recording]:  # one for each video and quantiser, named <file name>_q<qindex>
     """Encode videos all-intra at constant quality and label them.
 
-    The pixels are the source's. Raises as the functions it calls do.
+    The pixels are the source's by the rule of `read_pictures`. Raises as the functions it calls do.
     """
     levels = {q: cq_level_of(q) for q in qindexes}
     recordings, plans = [], _plans(inputs, list(sequences), sizes, excel)
     with _progress(None, "videos", total=len(plans) * len(levels)) as progress:
         for path, plan in plans:
-            info, planes = probe_video(path, width, height), read_video_planes(path, width, height)
+            read = read_pictures(path, None, width, height, bits)
+            progress.write(f"{path.name}: {read}")
             for q, cq_level in levels.items():
                 stream = Path(root) / "streams" / f"{plan.name}_q{q:03}.ivf"
                 encode(
-                    zip(*planes),
+                    read.planes,
                     stream,
                     cq_level=cq_level,
                     cpu_used=cpu_used,
-                    fps=info.fps or (30, 1),
+                    fps=read.fps or (30, 1),
                 )
                 at_q = replace(
                     plan,
                     name=stream.stem,
-                    source_bit_depth=info.bit_depth,
-                    source=f"{path.name}, encoded with cq-level {cq_level}, cpu-used {cpu_used}",
+                    source_bit_depth=read.bit_depth,
+                    source=(
+                        f"{path.name} ({'; '.join(read.said)}), encoded with cq-level {cq_level},"
+                        f" cpu-used {cpu_used}"
+                    ),
                 )
                 frames = read_trees(stream, luma=False)
-                recordings.append(recording_from_frames(root, at_q, frames, pictures=planes[0]))
+                recordings.append(recording_from_frames(root, at_q, frames, pictures=read.luma))
                 progress.update()
     return recordings
 
@@ -915,13 +921,14 @@ def import_videos(
 def import_logs(
     root: str | Path,  # folder of raw data; made if missing
     inputs: Iterable,  # folders with partition_frame_<n>.txt
-    videos: Iterable,  # the video of each folder: .y4m, or .yuv with width and height
+    videos: Iterable,  # the film of each folder, or .yuv with width and height
     sequences: Iterable[str] = (),  # sequence name of each input; empty: the names of the folders
     width: int | None = None,  # of .yuv videos, pixels
     height: int | None = None,  # of .yuv videos, pixels
     reading: str = "coded",  # "coded": only coded nodes; "searched": every node of the logs
     sizes: Iterable[int] = (16,),  # block sizes to extract: 8, 16, 32, 64
     excel: bool = True,  # write the workbooks
+    bits: int = 10,  # of .yuv videos: 8, or 9 to 16 in 16-bit words
 ) -> list[Recording]:  # one for each folder, named after it
     """Bring logs and videos together; only frames that have a log are read.
 
@@ -934,16 +941,18 @@ def import_logs(
             f"There are {len(plans)} folders with logs, but {len(videos)} videos; give one for"
             " each."
         )
-    for (folder, plan), video in _progress(list(zip(plans, videos)), "logs"):
-        info = probe_video(video, width, height)
-        nodes = read_partition_logs(folder, reading, width=info.width, height=info.height)
+    progress = _progress(list(zip(plans, videos)), "logs")
+    for (folder, plan), video in progress:
+        first = read_pictures(video, 1, width, height, bits, chroma=False)
+        nodes = read_partition_logs(folder, reading, width=first.width, height=first.height)
         frames = sorted(set(nodes["frame"].tolist()))
-        luma = read_video(video, width, height, frames)
+        read = read_pictures(video, frames, width, height, bits, chroma=False)
+        progress.write(f"{Path(video).name}: {read}")
         plan = replace(
             plan,
             reading=reading,
-            source=f"logs {folder.name}, video {Path(video).name}",
-            source_bit_depth=info.bit_depth,
+            source=f"logs {folder.name}, video {Path(video).name} ({'; '.join(read.said)})",
+            source_bit_depth=read.bit_depth,
         )
-        recordings.append(write_recording(root, plan, luma, nodes, frames))
+        recordings.append(write_recording(root, plan, read.luma, nodes, frames))
     return recordings

@@ -63,6 +63,8 @@ class Frame:
     qindex: np.ndarray | None = field(repr=False)
     # decoded luma, uint16 [height, width], 0 to 2**bit_depth − 1
     luma: np.ndarray | None = field(default=None, repr=False)
+    # black is 0 and white 2**bit_depth − 1; False: narrow range
+    full_range: bool = field(default=False, repr=False)
 
     def nodes(
         self,
@@ -191,7 +193,7 @@ def _add_picture(frame, image, luma):
             f"its picture has {image.d_w}×{image.d_h} pixels, its tree"
             f" {frame.width}×{frame.height} (super-resolution is not supported)"
         )
-    frame.monochrome = bool(image.monochrome)
+    frame.monochrome, frame.full_range = bool(image.monochrome), bool(image.range)
     if luma:
         frame.luma = _luma(image)
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from av1nb import corpus
 from av1nb.recordings import find_recording
-from av1nb.sample import load_sample, planes_from_rgb, planes_from_ycbcr, sha256, write_sample_raw
+from av1nb.pictures import planes_from_rgb, planes_from_ycbcr
+from av1nb.sample import load_sample, sha256, write_sample_raw
 from av1nb.streams import read_trees
 from av1nb.encoding import cq_level_of, encode, synthetic_picture
 
