@@ -10,7 +10,7 @@ __all__ = ['VIDEO_SUFFIXES', 'LEAST_FACTOR', 'ten_bit', 'require_ten_bit', 'Deco
 # %% ../nbs/06_pictures.ipynb #88c53d66
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
