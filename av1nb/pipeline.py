@@ -12,7 +12,6 @@ __all__ = ['FALL_BACK', 'TRAINING_NOTEBOOKS', 'OBJECTIVES', 'RIGHT', 'UNCOVERED'
            'attribute_errors', 'report', 'summary', 'headline', 'coverage_table']
 
 # %% ../nbs/17_pipeline.ipynb #76499580
-import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +37,7 @@ from av1nb.heads import (
 )
 from .metrics import baselines, bootstrap_interval, classification_report, confusion_statistic
 from .partitions import Hierarchy, PartitionType
-from .files import atomic_file, from_root
+from .files import atomic_file, from_root, read_json, require_fields
 from .training import has_bf16, pick_device
 
 # %% ../nbs/17_pipeline.ipynb #0a610086
@@ -699,7 +698,9 @@ def load_pipeline(
             f"reports/thresholds.json is missing in {run}: stage 007_optimize_thresholds makes it,"
             f" so run that first: av1nb run 007_optimize_thresholds --run-dir {run}"
         )
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path, remedy="Run 007_optimize_thresholds again.")
+    kinds = dict(split_hash=str, vote=str, thresholds=dict)
+    require_fields(settings, kinds, str(path))
     # of specialists that were absent already when the thresholds were chosen
     counts = {stage: np.array(found) for stage, found in settings.get("fallback", {}).items()}
     return Pipeline.from_run(

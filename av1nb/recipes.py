@@ -9,7 +9,6 @@ __all__ = ['LOSSES', 'ALWAYS', 'RECIPES', 'Recipe', 'acting_symmetries', 'recipe
            'result_tables', 'stage_verdict', 'votes_table']
 
 # %% ../nbs/23_recipes.ipynb #29b9e6df
-import hashlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 
 from .augment import Compose, CutMix, GaussianNoise, MixUp, Symmetry, stage_label_map
 from .datasets import BalancedSampler, Batches, read_block_sets, read_stage3, stage_subset
+from .files import sha256_of_file
 from av1nb.heads import (
     Ensemble,
     StageModel,
@@ -453,7 +453,7 @@ def train_stage(
         "seed": seed,
         "member": member or 0,
         "start": Path(start).name if start else "",
-        "start_sha256": hashlib.sha256(Path(start).read_bytes()).hexdigest() if start else "",
+        "start_sha256": sha256_of_file(start) if start else "",
         "size": blocks.size,
         "margin": blocks.margin,
         "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()},
