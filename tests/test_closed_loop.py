@@ -98,7 +98,7 @@ def test_a_second_encode_of_the_size_waits_for_nothing(video):
     "options, message",
     [
         (("--budget", "-50"), "keeps a BD-rate of -50 %"),
-        (("--policies", "setup.py"), "holds no policies"),
+        (("--policies", "setup.py"), "setup.py is damaged or no JSON"),
         (("--weights", "nothing.pt"), "nothing.pt"),
         (("--speed", "2", "--policies", "POLICIES"), "no tuned policies for speed 2"),
     ],
