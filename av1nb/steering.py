@@ -43,9 +43,10 @@ def encoder_cache() -> Path:  # folder of the libraries that `make encoder` buil
 
 def find_encoder(
     path: str | os.PathLike | None = None,  # shared library with the hook; None looks for one
+    version: str = "3.6.0",  # release of libaom to look for in the cache
 ) -> tuple[Path, str]:  # what to load and where it was found
-    """First of: `path`, the environment variable AV1NB_ENCODER, the newest library in
-    `encoder_cache`.
+    """First of: `path`, the environment variable AV1NB_ENCODER, the newest library of
+    that release in `encoder_cache`.
 
     Raises `LibaomError` if there is none.
     """
@@ -60,13 +61,14 @@ def find_encoder(
         return Path(candidate).resolve(), source
     built = [
         record
-        for record in encoder_cache().glob("libaom-*/build.json")
+        for record in encoder_cache().glob(f"libaom-{version}-*/build.json")
         if record.with_name("libaom.so").is_file()
     ]
     if not built:
+        command = "make encoder" + ("" if version == "3.6.0" else f" VERSION={version}")
         raise LibaomError(
-            f"The libaom with the partition hook is not in {encoder_cache()}: build it with make"
-            " encoder, or name a library file in AV1NB_ENCODER."
+            f"The libaom {version} with the partition hook is not in {encoder_cache()}: build it"
+            f" with {command}, or name a library file in AV1NB_ENCODER."
         )
     return (
         max(built, key=lambda record: record.stat().st_mtime_ns).with_name("libaom.so").resolve(),
@@ -99,12 +101,13 @@ def _hooked(path, source):
 def load_encoder(
     # shared library with the hook; None looks for one, see `find_encoder`
     path: str | os.PathLike | None = None,
+    version: str = "3.6.0",  # release of libaom to look for in the cache
 ) -> Libaom:  # checked as every libaom is, with the functions of the hook
     """The libaom with the partition hook.
 
     Raises `LibaomError` if there is none, or if it is a stock one, or its hook another version.
     """
-    return _hooked(*find_encoder(path))
+    return _hooked(*find_encoder(path, version))
 
 # %% ../nbs/26_steering.ipynb #800d4922
 def luma_quality(

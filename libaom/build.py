@@ -291,15 +291,12 @@ def main():
         help="build it the same way without the hook, to compare with")
     options = parser.parse_args()
     version = options.version
-    # The newest record is the one that av1nb takes where no library is named, so only that of the
-    # default release may be new.
-    stamp = None if version == DEFAULT else (0, 0)
     stock = options.stock
     name = f"stock-{version}" if stock else f"libaom-{version}-{key(version)}"
     folder = Path(options.cache) / name
     library, record = folder / "libaom.so", folder / "build.json"
     if not options.force and fits(library, record, stock):
-        os.utime(record, stamp)
+        os.utime(record)
         print(f"{library} (in the cache)")
         return
     os.nice(19)
@@ -322,7 +319,6 @@ def main():
             key=None if stock else key(version), sources=used, flags=FLAGS)
         fresh = ready / record.name
         fresh.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        os.utime(fresh, stamp)
         if folder.exists():
             os.replace(folder, temporary / "old")
         os.replace(ready, folder)

@@ -26,6 +26,19 @@ def av1nb(*arguments, check=True, **environment):
     return done
 
 
+def system_libaom():
+    """File of the system's libaom, None without one.
+
+    Its name alone would not do: the loader gives a library of the same name that is already loaded.
+    """
+    code = (
+        "import ctypes, ctypes.util; ctypes.CDLL(ctypes.util.find_library('aom') or 'none'); "
+        "print(next(line.split()[-1] for line in open('/proc/self/maps') if 'libaom' in line))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return Path(done.stdout.strip()) if done.returncode == 0 else None
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id):
     "A folder that all processes of this test run have in common."

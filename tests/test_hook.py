@@ -2,6 +2,7 @@
 
 Unused it is stock, masks are obeyed with any threads, superblocks and tunings, logs are true.
 """
+
 import re
 import runpy
 import subprocess
@@ -19,6 +20,7 @@ from av1nb.masks import MaskTable, masks_from_nodes, uniform_masks
 from av1nb.partitions import PartitionType, is_inside, legal_grid, legal_types, random_tree
 from av1nb.steering import encode_masked, encoder_cache, load_encoder, search_costs
 from av1nb.streams import check_libaom
+from conftest import system_libaom
 
 BUILD = Path(__file__).parent.parent / "libaom" / "build.py"
 SCRIPT = runpy.run_path(str(BUILD))
@@ -48,7 +50,8 @@ def built_library(release):
     if not path.is_file():
         pytest.skip(
             f"libaom {release} with this partition hook is not built: "
-            f"make encoder VERSION={release}")
+            f"make encoder VERSION={release}"
+        )
     return load_encoder(path)
 
 
@@ -62,18 +65,6 @@ def encoder():
 def any_encoder(request):
     "Each release with the hook."
     return built_library(request.param)
-
-
-def system_libaom():
-    """File of the system's libaom, None without one.
-
-    Its name alone would not do: the loader gives a library of the same name that is already loaded.
-    """
-    code = (
-        "import ctypes, ctypes.util; ctypes.CDLL(ctypes.util.find_library('aom') or 'none'); "
-        "print(next(line.split()[-1] for line in open('/proc/self/maps') if 'libaom' in line))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return Path(done.stdout.strip()) if done.returncode == 0 else None
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +81,8 @@ def stock(encoder):
             return library
     pytest.skip(
         f"no stock libaom {RELEASE} to compare with: "
-        f"libaom/build.py --version {RELEASE} --stock builds one")
+        f"libaom/build.py --version {RELEASE} --stock builds one"
+    )
 
 
 def scene(width, height, frames=1, seed=3):
@@ -142,11 +134,13 @@ def assert_same_result(result, expected):
 def assert_log_holds_the_coded_tree(result):
     keys = COLUMNS[:-1]
     coded = result.nodes.merge(
-        result.log.nodes, on=keys, suffixes=("", "_searched"), validate="1:1")
+        result.log.nodes, on=keys, suffixes=("", "_searched"), validate="1:1"
+    )
     assert len(coded) == len(result.nodes) and (coded["type"] == coded["type_searched"]).all()
 
 
 # ---- The build
+
 
 def test_every_patch_only_adds_calls_and_all_add_the_same_ones():
     calls = {}
@@ -166,21 +160,32 @@ def test_the_source_entries_name_the_release_that_has_the_source(tmp_path):
         "Types: deb\n# a comment\nURIs: http://deb.debian.org/debian\nSuites: bookworm\n"
         "Components: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n\n"
         "Types: deb\nURIs: http://deb.debian.org/debian-security\nSuites: bookworm-security\n\n"
-        "Types: deb\nEnabled: no\nURIs: http://off.example/debian\nSuites: sid\n")
+        "Types: deb\nEnabled: no\nURIs: http://off.example/debian\nSuites: sid\n"
+    )
     (tmp_path / "sources.list").write_text(
         "deb [arch=amd64 signed-by=/k.gpg] https://mirror.example/debian/ bookworm main\n"
         "# deb http://no.example/debian bookworm main\n"
-        "deb https://packages.example/apt some-debian main\n")
+        "deb https://packages.example/apt some-debian main\n"
+    )
     assert SCRIPT["source_entries"]("trixie", tmp_path) == [
-        "Types: deb-src\nURIs: http://deb.debian.org/debian\nSuites: trixie\nComponents: main\n"
-        "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg",
-        "Types: deb-src\nURIs: https://mirror.example/debian/\nSuites: trixie\nComponents: main\n"
-        "Signed-By: /k.gpg"]
+        (
+            "Types: deb-src\nURIs: http://deb.debian.org/debian\nSuites: trixie\nComponents: main\n"
+            "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg"
+        ),
+        (
+            "Types: deb-src\nURIs: https://mirror.example/debian/\nSuites: trixie\nComponents:"
+            " main\nSigned-By: /k.gpg"
+        ),
+    ]
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "does not hold aom_3.12.1.orig.tar.gz"),
-    (b"something else", "is not the libaom 3.12.1 that the patch was made for")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "does not hold aom_3.12.1.orig.tar.gz"),
+        (b"something else", "is not the libaom 3.12.1 that the patch was made for"),
+    ],
+)
 def test_a_source_that_does_not_fit_is_refused(tmp_path, content, message):
     if content:
         (tmp_path / "aom_3.12.1.orig.tar.gz").write_bytes(content)
@@ -197,6 +202,7 @@ def test_a_release_without_a_patch_is_refused(tmp_path):
 
 
 # ---- Unused
+
 
 @MODES
 @SPEEDS
@@ -224,6 +230,7 @@ def test_a_table_without_opinions_changes_nothing(encoder, mode, cpu_used):
 
 # ---- Masks
 
+
 @MODES
 @SPEEDS
 def test_any_legal_tree_comes_out_as_requested(encoder, mode, cpu_used):
@@ -233,8 +240,13 @@ def test_any_legal_tree_comes_out_as_requested(encoder, mode, cpu_used):
     trees = make(width, height, frames, 10 * cpu_used)
     table = masks_from_nodes(trees, width, height)
     result = encode_masked(
-        scene(width, height, frames), table, mode=mode, cpu_used=cpu_used, cq_level=43,
-        encoder=encoder)
+        scene(width, height, frames),
+        table,
+        mode=mode,
+        cpu_used=cpu_used,
+        cq_level=43,
+        encoder=encoder,
+    )
     pd.testing.assert_frame_equal(tree_of(result.nodes), tree_of(trees))
     assert result.counts == dict(visited=len(trees), limited=len(trees), ignored=0, retried=0)
 
@@ -245,20 +257,41 @@ def test_any_legal_tree_of_large_superblocks_comes_out_as_requested(encoder, mod
     trees = random_trees(width, height, 2, 20 + cpu_used, sb_size=128)
     assert {0, 1, 2, 3} & set(trees.loc[trees["size"] == 128, "type"]) != {3}
     result = encode_masked(
-        scene(width, height, 2), masks_from_nodes(trees, width, height), mode=mode,
-        cpu_used=cpu_used, cq_level=43, options={"sb-size": 128}, log=True, encoder=encoder)
+        scene(width, height, 2),
+        masks_from_nodes(trees, width, height),
+        mode=mode,
+        cpu_used=cpu_used,
+        cq_level=43,
+        options={"sb-size": 128},
+        log=True,
+        encoder=encoder,
+    )
     pd.testing.assert_frame_equal(tree_of(result.nodes), tree_of(trees))
     assert_log_holds_the_coded_tree(result)
 
 
-@pytest.mark.parametrize("mode, cpu_used, options, superblock", [
-    ("allintra", 0, {}, 128), ("allintra", 1, {}, 64), ("allintra", 0, {"tune": "iq"}, 64),
-    ("good", 0, {}, 128), ("good", 1, {}, 64)])
+@pytest.mark.parametrize(
+    "mode, cpu_used, options, superblock",
+    [
+        ("allintra", 0, {}, 128),
+        ("allintra", 1, {}, 64),
+        ("allintra", 0, {"tune": "iq"}, 64),
+        ("good", 0, {}, 128),
+        ("good", 1, {}, 64),
+    ],
+)
 def test_superblocks_that_libaom_chooses_itself(encoder, mode, cpu_used, options, superblock):
     masks = random_masks(136, 104, 1, 4)
     result = encode_masked(
-        scene(136, 104), masks, mode=mode, cpu_used=cpu_used, cq_level=43,
-        options={"sb-size": "dynamic"} | options, log=True, encoder=encoder)
+        scene(136, 104),
+        masks,
+        mode=mode,
+        cpu_used=cpu_used,
+        cq_level=43,
+        options={"sb-size": "dynamic"} | options,
+        log=True,
+        encoder=encoder,
+    )
     assert result.log.nodes["size"].max() == superblock
     assert result.counts["limited"] > 8 and result.psnr > 25
     assert_log_holds_the_coded_tree(result)
@@ -270,7 +303,8 @@ def test_its_own_tree_comes_out_again(encoder, mode, cpu_used):
     pictures, settings = scene(192, 136, 2), dict(mode=mode, cpu_used=cpu_used, cq_level=32)
     own = encode_masked(pictures, log=True, encoder=encoder, **settings)
     forced = encode_masked(
-        pictures, masks_from_nodes(own.nodes, 192, 136), encoder=encoder, **settings)
+        pictures, masks_from_nodes(own.nodes, 192, 136), encoder=encoder, **settings
+    )
     pd.testing.assert_frame_equal(tree_of(forced.nodes), tree_of(own.nodes))
     assert forced.counts["visited"] == len(own.nodes) < own.counts["visited"]
     assert abs(forced.psnr - own.psnr) < 0.5 and abs(forced.bytes / own.bytes - 1) < 0.05
@@ -285,8 +319,14 @@ def test_only_what_is_allowed_is_tried_and_an_override_tries_it(encoder, mode, c
         for override in (False, True):
             masks = uniform_masks(1, width, height, types, override=override)
             result = encode_masked(
-                pictures, masks, mode=mode, cpu_used=cpu_used, cq_level=32, log=True,
-                encoder=encoder)
+                pictures,
+                masks,
+                mode=mode,
+                cpu_used=cpu_used,
+                cq_level=32,
+                log=True,
+                encoder=encoder,
+            )
             nodes = result.log.nodes
             inside = is_inside(nodes, width, height)
             others = [t for t in PartitionType if t not in types]
@@ -302,22 +342,33 @@ def test_only_what_is_allowed_is_tried_and_an_override_tries_it(encoder, mode, c
 def test_random_masks_give_streams_that_decode(encoder, mode, cpu_used):
     width, height = 102, 138
     pictures, rng = scene(width, height, 2, seed=cpu_used), np.random.default_rng(cpu_used)
-    for options in ({}, {"sb-size": 128, "enable-ab-partitions": 0},
-                    {"min-partition-size": 8, "max-partition-size": 32}):
+    for options in (
+        {},
+        {"sb-size": 128, "enable-ab-partitions": 0},
+        {"min-partition-size": 8, "max-partition-size": 32},
+    ):
         table = MaskTable.empty(2, width, height)
         table.bits[:] = rng.integers(0, 1 << 16, table.bits.shape, dtype=np.uint16)  # unchecked
         result = encode_masked(
-            pictures, table, mode=mode, cpu_used=cpu_used, cq_level=40, options=options,
-            encoder=encoder)
+            pictures,
+            table,
+            mode=mode,
+            cpu_used=cpu_used,
+            cq_level=40,
+            options=options,
+            encoder=encoder,
+        )
         assert result.counts["limited"] > 8 and result.psnr > 25
 
 
 # ---- Logs
 
+
 @pytest.mark.parametrize("cpu_used", [2, 6])
 def test_the_type_that_wins_is_the_cheapest(encoder, cpu_used):
     result = encode_masked(
-        scene(192, 136), cpu_used=cpu_used, cq_level=32, log=True, encoder=encoder)
+        scene(192, 136), cpu_used=cpu_used, cq_level=32, log=True, encoder=encoder
+    )
     log, types = result.log, result.log.nodes["type"].to_numpy()
     found = types >= 0
     assert found.sum() > 100 and regret(log.costs[found], types[found]).max() == 0
@@ -337,6 +388,7 @@ def test_an_exhaustive_search_knows_every_cost(encoder):
 
 # ---- Threads
 
+
 @pytest.mark.parametrize("tiles", [{"tile-columns": 1}, {"tile-columns": 1, "tile-rows": 1}])
 def test_tiles_in_several_threads_give_the_same_bytes(any_encoder, tiles):
     masks, pictures = random_masks(264, 136, 2, 1), scene(264, 136, 2)
@@ -346,7 +398,8 @@ def test_tiles_in_several_threads_give_the_same_bytes(any_encoder, tiles):
         options = {"row-mt": 0, **tiles}
         one, *several = (
             encode_masked(pictures, masks, threads=n, options=options, **settings)
-            for n in (1, 2, 4))
+            for n in (1, 2, 4)
+        )
         assert one.counts["limited"] > 100
         for result in several:
             assert_same_result(result, one)
@@ -359,9 +412,17 @@ def test_rows_in_several_threads_give_the_same_bytes_whatever_their_number(any_e
     for options in ({"row-mt": 1}, {"row-mt": 1, "tile-columns": 1}):
         two, *more = (
             encode_masked(
-                pictures, masks, cpu_used=5, cq_level=40, threads=n, options=options, log=True,
-                encoder=any_encoder)
-            for n in (2, 2, 3, 4))
+                pictures,
+                masks,
+                cpu_used=5,
+                cq_level=40,
+                threads=n,
+                options=options,
+                log=True,
+                encoder=any_encoder,
+            )
+            for n in (2, 2, 3, 4)
+        )
         for result in more:
             assert_same_result(result, two)
 
@@ -370,20 +431,32 @@ def test_rows_in_several_threads_give_the_same_bytes_whatever_their_number(any_e
 def test_rows_in_several_threads_obey_the_masks(any_encoder, threads):
     trees = random_trees(264, 200, 2, 5)
     result = encode_masked(
-        scene(264, 200, 2), masks_from_nodes(trees, 264, 200), cpu_used=5, cq_level=43,
-        threads=threads, options={"row-mt": 1, "tile-columns": 1}, log=True, encoder=any_encoder)
+        scene(264, 200, 2),
+        masks_from_nodes(trees, 264, 200),
+        cpu_used=5,
+        cq_level=43,
+        threads=threads,
+        options={"row-mt": 1, "tile-columns": 1},
+        log=True,
+        encoder=any_encoder,
+    )
     pd.testing.assert_frame_equal(tree_of(result.nodes), tree_of(trees))
     pd.testing.assert_frame_equal(tree_of(result.log.nodes), tree_of(trees))
 
 
 # ---- Sizes and tunings
 
+
 @pytest.mark.parametrize("width, height", [(7680, 40), (40, 4320)])
 def test_frames_as_wide_and_as_high_as_8k(encoder, width, height):
     trees = trees_of_small_blocks(width, height, 1, 6)
     result = encode_masked(
-        scene(width, height), masks_from_nodes(trees, width, height), cpu_used=6, cq_level=50,
-        encoder=encoder)
+        scene(width, height),
+        masks_from_nodes(trees, width, height),
+        cpu_used=6,
+        cq_level=50,
+        encoder=encoder,
+    )
     pd.testing.assert_frame_equal(tree_of(result.nodes), tree_of(trees))
 
 
@@ -404,8 +477,13 @@ def test_tunings_leave_the_hook_intact(encoder, mode, tuning):
     assert_log_holds_the_coded_tree(own)
     trees = random_trees(width, height, 1, 9, sb_size=whole["sb-size"])
     forced = encode_masked(
-        pictures, masks_from_nodes(trees, width, height), log=True, options=options,
-        encoder=encoder, **settings)
+        pictures,
+        masks_from_nodes(trees, width, height),
+        log=True,
+        options=options,
+        encoder=encoder,
+        **settings,
+    )
     pd.testing.assert_frame_equal(tree_of(forced.nodes), tree_of(trees))
     masks = random_masks(width, height, 1, 3)
     masked = encode_masked(pictures, masks, options=options, encoder=encoder, **settings)
