@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'ALWAYS', 'RECIPES', 'Recipe', 'acting_symmetries', 'recipe_for', 'recipe_table', 'make_objective',
-           'recipe_embedding', 'make_augmentation', 'stage_data', 'predecessor', 'class_counts', 'start_of',
-           'train_config', 'train_stage', 'train_members', 'run_over', 'calibrate_stage', 'judge_stage', 'stage_report',
-           'result_tables', 'stage_verdict', 'votes_table']
+           'recipe_embedding', 'make_augmentation', 'stage_data', 'class_counts', 'predecessor', 'start_of',
+           'train_config', 'starting_network', 'require_every_class', 'train_stage', 'train_members', 'run_over',
+           'calibrate_stage', 'judge_stage', 'stage_report', 'result_tables', 'stage_verdict', 'votes_table']
 
 # %% ../nbs/23_recipes.ipynb #29b9e6df
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -16,7 +17,14 @@ import pandas as pd
 import torch
 
 from .augment import Compose, CutMix, GaussianNoise, MixUp, Symmetry, stage_label_map
-from .datasets import BalancedSampler, Batches, read_block_sets, read_stage3, stage_subset
+from av1nb.datasets import (
+    BalancedSampler,
+    Batches,
+    BlockSet,
+    read_block_sets,
+    read_stage3,
+    stage_subset,
+)
 from .files import sha256_of_file
 from av1nb.heads import (
     Ensemble,
@@ -174,11 +182,11 @@ RECIPES = {
     ),
 }
 
-
+# %% ../nbs/23_recipes.ipynb #b3dc07a2
 def acting_symmetries(
-    hierarchy,  # `Hierarchy` or its name
+    hierarchy: Hierarchy | str,  # `Hierarchy` or its name
     stage: str,  # one of its stages
-    names=SYMMETRIES,  # names of symmetries
+    names: Sequence[str] = SYMMETRIES,  # names of symmetries
 ) -> tuple:  # those of `names` that carry every class of the stage onto a class of it
     """A quarter turn makes HORZ of VERT: a stage that knows only one of them cannot be trained
     under it.
@@ -196,9 +204,9 @@ def acting_symmetries(
 
     return tuple(name for name in names if acts(name))
 
-
+# %% ../nbs/23_recipes.ipynb #692f8e97
 def recipe_for(
-    hierarchy,  # `Hierarchy` or its name
+    hierarchy: Hierarchy | str,  # `Hierarchy` or its name
     stage: str,  # one of its stages
     **changes,  # fields of `Recipe`; None leaves the table's value
 ) -> Recipe:
@@ -224,9 +232,9 @@ def recipe_for(
         recipe = replace(recipe, symmetries=acting_symmetries(hierarchy, stage))
     return replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
-
+# %% ../nbs/23_recipes.ipynb #a711b091
 def recipe_table(
-    hierarchy,  # `Hierarchy` or its name
+    hierarchy: Hierarchy | str,  # `Hierarchy` or its name
     recipes: dict | None = None,  # stage → Recipe; None: the hierarchy's own
 ) -> pd.DataFrame:  # one row a field, one column a stage
     "Recipes side by side."
@@ -240,10 +248,11 @@ def recipe_table(
 
 # %% ../nbs/23_recipes.ipynb #a9479d27
 def make_objective(
-    recipe: Recipe,
-    counts,  # training blocks of each class, [C], all positive
+    recipe: Recipe,  # names the loss and its settings
+    counts: Sequence[int] | torch.Tensor,  # training blocks of each class, [C], all positive
     model: StageModel,  # the network, for the width of its embedding
-    hierarchy=None,  # the `Hierarchy` it belongs to; None: the one of that name
+    # the `Hierarchy` it belongs to; None: the one of that name
+    hierarchy: Hierarchy | str | None = None,
 ) -> Objective:
     """Loss of a recipe for these class counts.
 
@@ -287,7 +296,9 @@ def make_objective(
     return Objective(criterion, center, recipe.center_weight)
 
 
-def recipe_embedding(model) -> int:
+def recipe_embedding(
+    model: StageModel,  # the network of a stage
+) -> int:
     "Length of the embedding that the center loss pulls on; `ValueError` if the head has none."
     if not hasattr(model.head, "embed"):
         raise ValueError(
@@ -296,12 +307,12 @@ def recipe_embedding(model) -> int:
         )
     return model.head.weight.shape[1]
 
-
+# %% ../nbs/23_recipes.ipynb #3effd4d1
 def make_augmentation(
-    recipe: Recipe,
-    hierarchy: Hierarchy,
-    stage: str,
-):
+    recipe: Recipe,  # says which symmetries, how much noise and which mixing
+    hierarchy: Hierarchy | str,  # `Hierarchy` or its name
+    stage: str,  # one of its stages
+) -> Compose:  # of steps that are called with a batch and its labels
     """Augmentation of the training batches: symmetries with their labels, noise, then at most one
     kind of mixing.
     """
@@ -320,8 +331,9 @@ def make_augmentation(
 
 # %% ../nbs/23_recipes.ipynb #7f349708
 def stage_data(
-    dataset,  # folder of data sets, as `datasets.write_block_sets` wrote it
-    hierarchy,  # `Hierarchy` or its name
+    # folder of data sets, as `datasets.write_block_sets` wrote it; None where `sets` has all
+    dataset: str | Path | None,
+    hierarchy: Hierarchy | str,  # `Hierarchy` or its name
     stage: str,  # one of its stages
     member: int | None = None,  # number of the ensemble's member from 1, None: all training blocks
     size: int = 16,  # block size in pixels
@@ -337,20 +349,9 @@ def stage_data(
     return read_stage3(dataset, f"{stage}_{member}", size, sets)
 
 
-def predecessor(
-    hierarchy,  # `Hierarchy` or its name
-    stage: str,  # one of its stages
-) -> str | None:
-    """The stage whose checkpoint a stage starts from: the one that sends it its blocks; None for
-    the first.
-    """
-    parent = find_hierarchy(hierarchy).stage(stage).parent
-    return None if parent is None else parent[0]
-
-
 def class_counts(
     data: dict,  # split → (BlockSet, labels), from `stage_data`
-    names,  # of the classes
+    names: Sequence[str],  # of the classes
 ) -> pd.DataFrame:  # one row a class, one column a split
     "How many blocks of each class the sets hold."
     return pd.DataFrame(
@@ -361,9 +362,20 @@ def class_counts(
         index=names,
     )
 
+# %% ../nbs/23_recipes.ipynb #5f59adbd
+def predecessor(
+    hierarchy: Hierarchy | str,  # `Hierarchy` or its name
+    stage: str,  # one of its stages
+) -> str | None:
+    """The stage whose checkpoint a stage starts from: the one that sends it its blocks; None for
+    the first.
+    """
+    parent = find_hierarchy(hierarchy).stage(stage).parent
+    return None if parent is None else parent[0]
+
 
 def start_of(
-    hierarchy,  # `Hierarchy` or its name
+    hierarchy: Hierarchy | str,  # `Hierarchy` or its name
     stage: str,  # one of its stages
 ) -> str | None:  # file name of a checkpoint
     "The checkpoint whose backbone a stage starts from; None for the first."
@@ -372,7 +384,7 @@ def start_of(
 
 # %% ../nbs/23_recipes.ipynb #78257c9c
 def train_config(
-    recipe: Recipe,
+    recipe: Recipe,  # how the stage is trained
     device: str = "auto",  # "auto", "cpu" or "cuda"
     seed: int = 42,  # of everything random in the training
     resume: bool = True,  # continue an interrupted training of the same settings
@@ -383,32 +395,19 @@ def train_config(
         **{name: getattr(recipe, name) for name in names}, device=device, seed=seed, resume=resume
     )
 
-
-def train_stage(
-    data: dict,  # split → (BlockSet, labels) with "train" and "val", from `stage_data`
-    hierarchy,  # `Hierarchy` or its name
+# %% ../nbs/23_recipes.ipynb #66d9db15
+def starting_network(
+    hierarchy: Hierarchy,  # the hierarchy of the stage
     stage: str,  # one of its stages
-    recipe: Recipe,
-    models,  # folder of the checkpoints
-    *,
-    member: int | None = None,  # number of the ensemble's member, for file name and seed
-    # checkpoint whose backbone it starts from, None: random weights (or `pretrained`)
-    start: str | Path | None = None,
-    pretrained=None,  # v6 without a start: "imagenet" or the path of a ResNet-18 state dict
-    device: str = "auto",  # "auto", "cpu" or "cuda"
-    seed: int = 42,  # of weights, batches and augmentation; a member adds its number
-    resume: bool = True,  # continue an interrupted training of the same settings
-    progress: bool = True,  # show a progress bar
-) -> tuple[StageModel, History]:  # the network with its best weights, and the epochs
-    """Train one network and keep its files in `models`.
+    recipe: Recipe,  # names backbone and head, and what the network is told
+    split_hash: str,  # of the training blocks; a checkpoint of another split is refused
+    start: str | Path | None = None,  # checkpoint whose backbone it starts from, None: none
+    pretrained: str | Path | None = None,  # without a start: "imagenet" or a ResNet-18 state dict
+) -> StageModel:  # on the CPU, its random weights drawn from torch's generator
+    """The network of a stage before its training.
 
-    Raises `FileNotFoundError` if the checkpoint it starts from is missing, and what `training.fit`
-    raises.
+    Raises `FileNotFoundError` if the checkpoint it starts from is missing.
     """
-    hierarchy = find_hierarchy(hierarchy)
-    (blocks, labels), (val_blocks, val_labels) = data["train"], data["val"]
-    seed += member or 0
-    set_seed(seed)
     model = build_model(
         hierarchy,
         stage,
@@ -424,14 +423,53 @@ def train_stage(
                 f"{start} is missing: train stage {predecessor(hierarchy, stage)} first, stage"
                 f" {stage} starts from its backbone"
             )
-        load_backbone(model, start, blocks.split_hash)
-    counts = torch.bincount(labels, minlength=len(model.class_names))
+        load_backbone(model, start, split_hash)
+    return model
+
+
+def require_every_class(
+    stage: str,  # for the message
+    names: Sequence[str],  # of its classes
+    counts: torch.Tensor,  # training blocks of each class, [C]
+):
+    "Raises `ValueError` that names the classes without a training block."
     if (counts == 0).any():
-        empty = [name for name, count in zip(model.class_names, counts) if count == 0]
+        empty = [name for name, count in zip(names, counts) if count == 0]
         raise ValueError(
             f"stage {stage} has no training block of {', '.join(empty)}: look at the class"
             " distribution in metadata.json"
         )
+
+# %% ../nbs/23_recipes.ipynb #dcb4d2ea
+def train_stage(
+    data: dict,  # split → (BlockSet, labels) with "train" and "val", from `stage_data`
+    hierarchy: Hierarchy | str,  # `Hierarchy` or its name
+    stage: str,  # one of its stages
+    recipe: Recipe,  # how the stage is trained
+    models: str | Path,  # folder of the checkpoints
+    *,
+    member: int | None = None,  # number of the ensemble's member, for file name and seed
+    # checkpoint whose backbone it starts from, None: random weights (or `pretrained`)
+    start: str | Path | None = None,
+    # v6 without a start: "imagenet" or the path of a ResNet-18 state dict
+    pretrained: str | Path | None = None,
+    device: str = "auto",  # "auto", "cpu" or "cuda"
+    seed: int = 42,  # of weights, batches and augmentation; a member adds its number
+    resume: bool = True,  # continue an interrupted training of the same settings
+    progress: bool = True,  # show a progress bar
+) -> tuple[StageModel, History]:  # the network with its best weights, and the epochs
+    """Train one network and keep its files in `models`.
+
+    Raises `FileNotFoundError` if the checkpoint it starts from is missing, and what `training.fit`
+    raises.
+    """
+    hierarchy = find_hierarchy(hierarchy)
+    (blocks, labels), (val_blocks, val_labels) = data["train"], data["val"]
+    seed += member or 0
+    set_seed(seed)
+    model = starting_network(hierarchy, stage, recipe, blocks.split_hash, start, pretrained)
+    counts = torch.bincount(labels, minlength=len(model.class_names))
+    require_every_class(stage, model.class_names, counts)
     sampler = BalancedSampler(labels, seed=seed) if recipe.balanced else None
     augment = make_augmentation(recipe, hierarchy, stage)
     settings = dict(device=pick_device(device), qindex=recipe.qindex)
@@ -472,14 +510,15 @@ def train_stage(
     )
     return model, history
 
-
+# %% ../nbs/23_recipes.ipynb #337749dc
 def train_members(
     data: dict,  # split → (BlockSet, labels) with "train" and "val", from `stage_data`
-    hierarchy,  # `Hierarchy` or its name
+    hierarchy: Hierarchy | str,  # `Hierarchy` or its name
     stage: str,  # one of its stages
     recipe: Recipe,  # with the number of members
-    models,  # folder of the checkpoints
-    dataset=None,  # folder of data sets, where the members' bootstrap samples are
+    models: str | Path,  # folder of the checkpoints
+    # folder of data sets, where the members' bootstrap samples are
+    dataset: str | Path | None = None,
     vote: str = "majority",  # of several members: "majority", "soft" or "weighted"
     **settings,  # of `train_stage`: start, pretrained, device, seed, resume, progress
 ) -> tuple[StageModel | Ensemble, list[History]]:
@@ -497,11 +536,11 @@ def train_members(
 # %% ../nbs/23_recipes.ipynb #cec9fdac
 @torch.inference_mode()
 def run_over(
-    model,  # StageModel or Ensemble
-    blocks,  # BlockSet
-    ask,  # ask(x, *inputs) -> tensor or tuple of tensors, one row a block
+    model: StageModel | Ensemble,  # asked in evaluation mode, on the device where it lies
+    blocks: BlockSet,  # blocks of one split
+    ask: Callable,  # ask(x, *inputs) → tensor or tuple of tensors, one row a block
     batch_size: int = 1024,  # blocks a batch
-):
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     "Apply `ask` to all blocks in evaluation mode; its answers, concatenated on the CPU."
     model.eval()
     device = next(model.parameters()).device
@@ -517,11 +556,11 @@ def run_over(
         return torch.cat(answers).cpu()
     return tuple(torch.cat(part).cpu() for part in zip(*answers))
 
-
+# %% ../nbs/23_recipes.ipynb #0454f2a5
 def calibrate_stage(
-    model: StageModel,
+    model: StageModel,  # a trained network
     val: tuple,  # (BlockSet, labels) of the validation sequences
-    path,  # its checkpoint, rewritten with the temperature
+    path: str | Path,  # its checkpoint, rewritten with the temperature
 ) -> dict:  # temperature, nll_before, nll_after; empty if the head has no temperature
     """Fit the temperature of a head that has one on validation blocks, and keep it in the
     checkpoint.
@@ -534,9 +573,9 @@ def calibrate_stage(
     save_stage(path, model, content | {"calibration": result})
     return result
 
-
+# %% ../nbs/23_recipes.ipynb #eb959748
 def judge_stage(
-    model,  # StageModel or Ensemble
+    model: StageModel | Ensemble,  # one network of the stage, or those that vote
     data: dict,  # split → (BlockSet, labels)
     split: str = "val",  # which split to judge on; the baselines learn from "train"
     # stage, split, split_hash, class_names, report, baselines, interval (of macro-F1, 95 %),
@@ -566,7 +605,7 @@ def judge_stage(
         "agreement": agreement,
     }
 
-
+# %% ../nbs/23_recipes.ipynb #67f55726
 def stage_report(
     result: dict,  # of `judge_stage`
     **entries,  # what the report shall say beside it: versions, calibration
@@ -592,7 +631,7 @@ def stage_verdict(
 
 
 def votes_table(
-    ensemble: Ensemble,
+    ensemble: Ensemble,  # networks that vote
     data: dict,  # split → (BlockSet, labels)
 ) -> pd.DataFrame:  # one row a member and a kind of vote
     "Macro-F1 on the validation set of every member alone and of what they vote."

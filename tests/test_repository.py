@@ -143,10 +143,6 @@ LONG_CELLS = {
     ("partitions", "Hierarchy"),
     ("pictures", "Pictures"),
     ("pictures", "VideoInfo"),
-    ("recipes", "acting_symmetries"),
-    ("recipes", "make_objective"),
-    ("recipes", "train_config"),
-    ("recipes", "run_over"),
     ("recordings", "_description"),
     ("runs", "StageNotebook"),
     ("runs", "notebooks_folder"),
@@ -165,7 +161,7 @@ LONG_CELLS = {
     ("training", "fit"),
 }
 # Rooms whose public parameters are not all typed and documented.
-UNDOCUMENTED = ("joint", "recipes", "runs", "training")
+UNDOCUMENTED = ("joint", "runs", "training")
 
 
 def exported_cells():
