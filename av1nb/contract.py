@@ -338,7 +338,7 @@ def _read_log(path, width, height, frame):
         _PLACE, ascending=[True, False, True, True], ignore_index=True
     ), int(repeated.sum())
 
-
+# %% ../nbs/07_contract.ipynb #c35ae56c
 READINGS = ("coded", "searched")  # of a log: its coded nodes alone, or every node of the search
 
 
@@ -480,7 +480,7 @@ def _filled_sheet(empty, cells):
             )
     return empty
 
-
+# %% ../nbs/07_contract.ipynb #19dd4e67
 def write_excel(
     path: str | Path,  # the workbook, usually `<name>-intra-<n>.xlsx`
     nodes: pd.DataFrame,  # node table of one intra frame (pixels)
@@ -571,7 +571,7 @@ def _read_sheets(path):
                 raise ValueError(f"{path}, sheet {size} is damaged ({_why(error)}).") from error
     return sheets
 
-
+# %% ../nbs/07_contract.ipynb #41ef3abd
 def _is_integer(cell):
     return (
         isinstance(cell, (int, float))

@@ -62,7 +62,7 @@ def remove_empty(
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
-
+# %% ../nbs/00_files.ipynb #b68883a1
 @contextmanager
 def atomic_file(
     path: str | os.PathLike,  # file to write; missing folders are made
@@ -95,7 +95,7 @@ def write_bytes(
         temporary.write_bytes(data)
     return Path(path)
 
-
+# %% ../nbs/00_files.ipynb #c30568d8
 def replace_folder(
     new: Path,  # finished, beside the other one
     folder: Path,  # where it shall be

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPE_NAMES', 'joint_config', 'tree_scores', 'train_joint', 'JointRecipe', 'joint_recipe', 'read_run', 'train_run',
            'save_half', 'shipped_weights', 'JointPredictor', 'decode_tree', 'type_sets', 'tree_table',
-           'stage_probabilities', 'fit_decisions', 'frame_maps', 'predict_blocks', 'level_report', 'predict_test',
+           'stage_probabilities', 'fit_decisions', 'level_report', 'frame_maps', 'predict_blocks', 'predict_test',
            'load_predictor', 'node_answers', 'tree_report', 'level_table', 'type_table', 'report_text', 'intra_frames',
            'source_of', 'compared_nodes']
 
@@ -13,7 +13,7 @@ __all__ = ['TYPE_NAMES', 'joint_config', 'tree_scores', 'train_joint', 'JointRec
 import itertools
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -63,7 +63,7 @@ from av1nb.pictures import (
     read_pictures,
     ten_bit,
 )
-from .streams import read_trees
+from .streams import Frame, read_trees
 from av1nb.training import (
     TrainConfig,
     fit,
@@ -76,7 +76,7 @@ from av1nb.training import (
 
 # %% ../nbs/22_joint.ipynb #29839945
 def joint_config(
-    device="auto",  # "auto", "cpu", "cuda" or "cuda:<n>"
+    device: str | torch.device = "auto",  # "auto", "cpu", "cuda" or "cuda:<n>"
     **changes,  # settings of `TrainConfig` that differ
 ) -> TrainConfig:
     """Settings for the joint network.
@@ -99,11 +99,11 @@ def joint_config(
     )
     return TrainConfig(**{**settings, **changes})
 
-
+# %% ../nbs/22_joint.ipynb #ceac1ddc
 def tree_scores(
-    logits,  # [N, cells, 13 or 10]
-    labels,  # int64 [N, cells], −1 for no node
-    side,  # of the crops in pixels
+    logits: torch.Tensor,  # [N, cells, 13 or 10]
+    labels: torch.Tensor,  # int64 [N, cells], −1 for no node
+    side: int,  # of the crops in pixels
 ) -> dict:
     """Negative log-likelihood, accuracy and macro-F1 of the ten types at each level (`nll_16`,
     `accuracy_16`, `macro_f1_16`, …), and `nll`, their sum over the levels.
@@ -128,16 +128,17 @@ def tree_scores(
         result["nll"] += result[f"nll_{size}"]
     return result
 
-
+# %% ../nbs/22_joint.ipynb #930402dd
 def train_joint(
     train: FrameSet,  # training frames; its `side` is that of the crops
     val: FrameSet,  # validation frames, the same side
-    out_dir,  # folder for the checkpoints
+    out_dir: str | Path,  # folder for the checkpoints
     provenance: Mapping,  # at least `split_hash`
     config: TrainConfig | None = None,  # None: `joint_config()`
     prefix: str = "joint",  # beginning of the file names
     symmetries: bool = True,  # False: crops as they are, for comparison
-    objective=None,  # objective(model, x, types, qindex) → (loss, logits); None: `TreeLikelihood`
+    # objective(model, x, types, qindex) → (loss, logits); None: `TreeLikelihood`
+    objective: Callable | None = None,
     progress: bool = True,  # show a progress bar
     **settings,  # of `JointModel`: flat, widths, depths, dropout, qindex, context
 ):
@@ -215,9 +216,9 @@ def joint_recipe(
         )
     return JointRecipe(**{name: value for name, value in changes.items() if value is not None})
 
-
+# %% ../nbs/22_joint.ipynb #a5069f35
 def read_run(
-    run_dir,  # run directory with raw data and block sets
+    run_dir: str | Path,  # run directory with raw data and block sets
 ) -> tuple[dict, dict]:  # split → BlockSet; split → pictures
     """Block sets of a run and the frames they were cut from.
 
@@ -231,12 +232,14 @@ def read_run(
 
 
 def train_run(
-    run_dir,  # run directory with raw data and block sets; a relative one begins at the root
+    # run directory with raw data and block sets; a relative one begins at the root
+    run_dir: str | Path,
     recipe: JointRecipe | Mapping = {},  # or the fields of it that differ
     progress: bool = True,  # show a progress bar
     *,
     crops: Mapping | None = None,  # "train" and "val" → FrameSet; None: all frames of the run
-    objective=None,  # None: the likelihood of the coded trees, `TreeLikelihood`
+    # None: the likelihood of the coded trees, `TreeLikelihood`
+    objective: Callable | None = None,
     provenance: Mapping = {},  # what the checkpoints shall say beside the split
 ):
     """`(model with its best weights, History)`: train on the data of a run, into its `models/`;
@@ -280,8 +283,8 @@ def train_run(
 
 # %% ../nbs/22_joint.ipynb #d2f58133
 def save_half(
-    checkpoint,  # file of a training
-    path,  # file to write
+    checkpoint: str | Path,  # file of a training
+    path: str | Path,  # file to write
     **entries,  # what it shall say beside what the checkpoint says
 ) -> dict:  # content as it was written
     "Store a checkpoint with its weights in half precision, whole or not at all."
@@ -298,14 +301,14 @@ def shipped_weights() -> Path:
     "The weights that come with the package; their model card lies beside them."
     return Path(str(files("av1nb"))) / "data" / "joint" / "joint.pt"
 
-
+# %% ../nbs/22_joint.ipynb #8bb9ee89
 class JointPredictor:
     "A joint model at work: 10-bit luma and qindex → probability maps, trees, sets of types."
 
     def __init__(
         self,
         model: JointModel,  # trained
-        device="cpu",  # "auto", "cpu", "cuda"
+        device: str | torch.device = "cpu",  # "auto", "cpu", "cuda"
         bf16: bool | None = None,  # compute in bfloat16; None: where the device does so by itself
         # types that the encoder may use, as in `partitions.legal_grid`
         limits: Mapping | None = None,
@@ -330,8 +333,9 @@ class JointPredictor:
     @classmethod
     def load(
         cls,
-        path=None,  # checkpoint; None: the shipped weights
-        split_hash=None,  # of the split it must have been trained on; None: any
+        path: str | Path | None = None,  # checkpoint; None: the shipped weights
+        # of the split it must have been trained on; None: any
+        split_hash: str | None = None,
         **options,  # of `JointPredictor`
     ):
         "The predictor of a checkpoint. Raises as `JointModel.load` does."
@@ -499,7 +503,7 @@ TYPE_NAMES = [ptype.name for ptype in PartitionType]
 
 
 def tree_table(
-    predictor: JointPredictor,
+    predictor: JointPredictor,  # the network at work
     luma: np.ndarray,  # uint16 [frames, H, W], 10-bit
     qindex: int,  # 0–255
     confidence: float = 0.9,  # probability that the set of types of a node must reach, in (0, 1]
@@ -548,7 +552,7 @@ def stage_probabilities(
 def fit_decisions(
     types_p: np.ndarray,  # [N, 10] on validation blocks
     types: np.ndarray,  # true types [N]
-    powers=None,  # to choose from; None: 0, 0.05, …, 2
+    powers: Iterable[float] | None = None,  # to choose from; None: 0, 0.05, …, 2
     # stage → dict(power, weights [C], macro_f1): factors on the probabilities before the largest is
     # taken
 ) -> dict:
@@ -576,60 +580,9 @@ def fit_decisions(
         result[name] = best
     return result
 
-
-def frame_maps(
-    predictor: JointPredictor,
-    pictures: Iterable,  # pictures with name, luma, nodes
-    size: int,  # level, 64, 32, 16 or 8
-) -> tuple:  # {(sequence, frame, qindex): float32 [rows, columns, 10]}, seconds of inference
-    "Maps of one level of every frame at every quantiser that it has a tree for."
-    result, seconds = {}, 0.0
-    for picture in pictures:
-        for frame, luma in numbered(picture):
-            for qindex in sorted(picture.nodes):
-                predictor._model(qindex)  # folded once, not part of a frame's time
-                started = time.perf_counter()
-                result[picture.name, frame, qindex] = predictor.maps(luma, qindex)[size]
-                seconds += time.perf_counter() - started
-    return result, seconds
-
-
-def predict_blocks(
-    predictor: JointPredictor,
-    pictures: Iterable,  # the pictures that the blocks were cut from
-    blocks: BlockSet,  # where answers are wanted
-    # of `fit_decisions`; None: the most probable class of every stage
-    decisions: Mapping | None = None,
-) -> Predictions:
-    """Answers of the joint network at the places of blocks, each with the whole frame in view.
-
-    `seconds` are for the whole frames, all levels.
-    """
-    maps, seconds = frame_maps(predictor, pictures, blocks.size)
-    types_p = at_blocks(maps, blocks)
-    types = types_p.argmax(1).astype(np.int64)
-    classes = JOINT.labels(types)
-    own = stage_probabilities(types_p)
-    weights = {
-        stage: (decisions or {}).get(stage, {}).get("weights", np.ones(p.shape[1]))
-        for stage, p in own.items()
-    }
-    unrouted = {
-        stage: StageOutput((p * weights[stage]).argmax(1).astype(np.int64), p)
-        for stage, p in own.items()
-    }
-    routed = {
-        stage: np.where(classes[stage][:, None] >= 0, p, np.nan).astype(np.float32)
-        for stage, p in own.items()
-    }
-    times = {stage: seconds if number == 0 else 0.0 for number, stage in enumerate(own)}
-    return Predictions(
-        JOINT, types, classes, routed, {}, {}, {}, times, predictor.split_hash, unrouted
-    )
-
-
+# %% ../nbs/22_joint.ipynb #1b38d5c8
 def level_report(
-    predictor: JointPredictor,
+    predictor: JointPredictor,  # the network at work
     pictures: Iterable,  # pictures with name, luma, nodes
 ) -> pd.DataFrame:  # size, qindex ("all" or a number), nodes, accuracy, macro_f1, nll, top_2, top_3
     """How well every level is predicted, over all nodes of the coded trees that lie inside the
@@ -661,12 +614,63 @@ def level_report(
             rows.append(dict(size=size, qindex=q, **{name: scores[name] for name in measures}))
     return pd.DataFrame(rows)
 
+# %% ../nbs/22_joint.ipynb #cf29fb39
+def frame_maps(
+    predictor: JointPredictor,  # the network at work
+    pictures: Iterable,  # pictures with name, luma, nodes
+    size: int,  # level, 64, 32, 16 or 8
+) -> tuple:  # {(sequence, frame, qindex): float32 [rows, columns, 10]}, seconds of inference
+    "Maps of one level of every frame at every quantiser that it has a tree for."
+    result, seconds = {}, 0.0
+    for picture in pictures:
+        for frame, luma in numbered(picture):
+            for qindex in sorted(picture.nodes):
+                predictor._model(qindex)  # folded once, not part of a frame's time
+                started = time.perf_counter()
+                result[picture.name, frame, qindex] = predictor.maps(luma, qindex)[size]
+                seconds += time.perf_counter() - started
+    return result, seconds
+
+
+def predict_blocks(
+    predictor: JointPredictor,  # the network at work
+    pictures: Iterable,  # the pictures that the blocks were cut from
+    blocks: BlockSet,  # where answers are wanted
+    # of `fit_decisions`; None: the most probable class of every stage
+    decisions: Mapping | None = None,
+) -> Predictions:
+    """Answers of the joint network at the places of blocks, each with the whole frame in view.
+
+    `seconds` are for the whole frames, all levels.
+    """
+    maps, seconds = frame_maps(predictor, pictures, blocks.size)
+    types_p = at_blocks(maps, blocks)
+    types = types_p.argmax(1).astype(np.int64)
+    classes = JOINT.labels(types)
+    own = stage_probabilities(types_p)
+    weights = {
+        stage: (decisions or {}).get(stage, {}).get("weights", np.ones(p.shape[1]))
+        for stage, p in own.items()
+    }
+    unrouted = {
+        stage: StageOutput((p * weights[stage]).argmax(1).astype(np.int64), p)
+        for stage, p in own.items()
+    }
+    routed = {
+        stage: np.where(classes[stage][:, None] >= 0, p, np.nan).astype(np.float32)
+        for stage, p in own.items()
+    }
+    times = {stage: seconds if number == 0 else 0.0 for number, stage in enumerate(own)}
+    return Predictions(
+        JOINT, types, classes, routed, {}, {}, {}, times, predictor.split_hash, unrouted
+    )
+
 # %% ../nbs/22_joint.ipynb #1848d56f
 def predict_test(
     model: JointModel,  # trained on these data
     sets: Mapping,  # split → BlockSet, from `read_run`
     pictures: Mapping,  # split → pictures, from `read_run`
-    device="auto",  # "auto", "cpu", "cuda" or "cuda:<n>"
+    device: str | torch.device = "auto",  # "auto", "cpu", "cuda" or "cuda:<n>"
 ) -> tuple[JointPredictor, dict, Predictions]:
     """The network at work, decisions fitted on the validation blocks, and answers for the test
     blocks.
@@ -682,8 +686,9 @@ def predict_test(
 
 # %% ../nbs/22_joint.ipynb #5be8d3f1
 def load_predictor(
-    weights=None,  # checkpoint of a joint network
-    run_dir=None,  # run directory with a cascade or, where it has none, a joint network
+    weights: str | Path | None = None,  # checkpoint of a joint network
+    # run directory with a cascade or, where it has none, a joint network
+    run_dir: str | Path | None = None,
     # `JointPredictor`, or `Pipeline` of a cascade; where it comes from, in words
 ) -> tuple:
     """The network to ask: that of a checkpoint or a run, or, without either, the shipped one.
@@ -707,9 +712,9 @@ def load_predictor(
         said += f" (its joint network is asked with --weights {path})"
     return pipeline, " ".join([said, fallback_sentence(pipeline.fallback)]).strip()
 
-
+# %% ../nbs/22_joint.ipynb #c0b1d530
 def node_answers(
-    predictor,  # `JointPredictor`, or `Pipeline` of a cascade
+    predictor: JointPredictor | Pipeline,  # the network to ask
     luma: np.ndarray,  # uint16 [H, W], 10-bit
     nodes: pd.DataFrame,  # node table (pixels) of this frame; for a cascade 16×16 nodes inside it
 ) -> tuple:  # decided types int64 [N], probabilities [N, 10]
@@ -732,7 +737,7 @@ def tree_report(
     # of `intra_frames`, or anything with their index, width, height, nodes() and luma: uint16
     # [H, W], 10-bit
     frames: Iterable,
-    predictor,  # `JointPredictor`, or `Pipeline` of a cascade, which answers at 16×16
+    predictor: JointPredictor | Pipeline,  # a cascade answers at 16×16
     name: str = "the stream",  # beginning of the messages
 ) -> dict:
     """How well a network foretells the coded types of intra frames.
@@ -789,7 +794,7 @@ def tree_report(
                 rows.append({"size": size, "qindex": qindex} | scores)
     return count | {"levels": rows}
 
-
+# %% ../nbs/22_joint.ipynb #e4aad8a7
 _MEASURES = ("accuracy", "top_2", "top_3", "macro_f1", "nll")
 
 
@@ -809,13 +814,13 @@ def level_table(
 
 def type_table(
     report: dict,  # of `tree_report`
-    qindex="all",  # quantiser, or "all"
+    qindex: int | str = "all",  # quantiser, or "all"
 ) -> pd.DataFrame:  # one row a type, one column a level; NaN where the type does not occur
     "F1 of every type at every level."
     columns = {row["size"]: row["f1"] for row in report["levels"] if row["qindex"] == qindex}
     return pd.DataFrame(columns, index=TYPE_NAMES).dropna(how="all")
 
-
+# %% ../nbs/22_joint.ipynb #37122f52
 def report_text(
     report: dict,  # of `tree_report`
     rows: int = 40,  # most rows of the table of levels and quantisers
@@ -849,8 +854,9 @@ def report_text(
 
 # %% ../nbs/22_joint.ipynb #4e2c8f90
 def intra_frames(
-    stream,  # AV1 stream, as `streams.read_trees` takes it
-    video=None,  # picture or film that was encoded; None: the decoder's pictures
+    stream: str | Path,  # AV1 stream, as `streams.read_trees` takes it
+    # picture or film that was encoded; None: the decoder's pictures
+    video: str | Path | None = None,
     frames: int = 0,  # so many intra frames from the beginning; 0: all
     width: int | None = None,  # of a `.yuv`, in pixels
     height: int | None = None,  # of a `.yuv`, in pixels
@@ -875,8 +881,8 @@ def intra_frames(
 
 
 def source_of(
-    stream,  # as for `intra_frames`
-    video=None,  # as for `intra_frames`
+    stream: str | Path,  # as for `intra_frames`
+    video: str | Path | None = None,  # as for `intra_frames`
     width: int | None = None,  # of a `.yuv`, in pixels
     height: int | None = None,  # of a `.yuv`, in pixels
     bits: int = 10,  # a sample of a `.yuv`
@@ -889,8 +895,8 @@ def source_of(
 
 
 def compared_nodes(
-    predictor,  # `JointPredictor`, or `Pipeline` of a cascade
-    frame,  # of `intra_frames`
+    predictor: JointPredictor | Pipeline,  # the network to ask
+    frame: Frame,  # of `intra_frames`
 ) -> tuple:  # node tables: predicted and coded
     """Two trees of a frame to be drawn: the greedy tree at the frame's own qindex beside the coded
     one, or, for a cascade, the 16×16 nodes of the coded one with both types.

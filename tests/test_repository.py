@@ -126,19 +126,10 @@ LONG_CELLS = {
     ("cli", "predict"),
     ("cli", "encode"),
     ("cli", "_check_python"),
-    ("contract", "_frame_of"),
-    ("contract", "_empty_workbook"),
-    ("contract", "_why"),
     ("corpus", "_sources"),
     ("corpus", "build_corpus"),
     ("costs", "SearchLog"),
-    ("files", "disk_full"),
-    ("joint", "joint_config"),
-    ("joint", "JointRecipe"),
-    ("joint", "shipped_weights"),
-    ("joint", "read_luma"),
-    ("joint", "stage_probabilities"),
-    ("joint", "tree_report"),
+    ("joint", "JointPredictor"),
     ("libaom", "Libaom"),
     ("partitions", "Hierarchy"),
     ("pictures", "Pictures"),
@@ -161,7 +152,7 @@ LONG_CELLS = {
     ("training", "fit"),
 }
 # Rooms whose public parameters are not all typed and documented.
-UNDOCUMENTED = ("joint", "runs", "training")
+UNDOCUMENTED = ("runs", "training")
 
 
 def exported_cells():
