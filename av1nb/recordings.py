@@ -149,7 +149,7 @@ def _require_possible(recording, path):
             " that name can have; write the recording again."
         )
 
-
+# %% ../nbs/09_recordings.ipynb #d5bfec1a
 def _load_recording(root, name):
     path = inside(root, _description(name), RecordingError)
     content = read_json(path, RecordingError, "Write the recording again.")

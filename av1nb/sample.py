@@ -264,7 +264,7 @@ def _read_luma(folder, manifest, entry):
         )
     return luma
 
-
+# %% ../nbs/19_sample.ipynb #63e9220a
 def _unpack_logs(folder, manifest, temporary):
     _read_checked(folder, manifest, "logs.tar.xz")
     streams = [
