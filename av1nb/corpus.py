@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['kind_of', 'read_source', 'choose_crops', 'prepare', 'thumbnail', 'fingerprint', 'CorpusError', 'label',
-           'build_corpus', 'load_corpus', 'corpus_options', 'source_planes', 'corpus_table', 'skipped_table',
+           'corpus_table', 'skipped_table', 'build_corpus', 'load_corpus', 'corpus_options', 'source_planes',
            'corpus_card']
 
 # %% ../nbs/20_corpus.ipynb #3a8a9db6
@@ -274,7 +274,7 @@ _ORIGIN = dict.fromkeys(("file", "kind", "package", "sha256"), str) | dict(
     factor=(int, float), thumbnails=list
 )
 
-
+# %% ../nbs/20_corpus.ipynb #34a45e1c
 def _sources(inputs, out):
     "Files by their name relative to the folder that was given."
     found = {}
@@ -321,7 +321,7 @@ def _names(files, finished):
         taken.add(name)
     return names
 
-
+# %% ../nbs/20_corpus.ipynb #b6af87e6
 def _reason(error, path):
     return (
         f"{type(error).__name__}: {error}".replace(str(path), path.name)
@@ -354,7 +354,7 @@ def _look(path, known_sha256, frames):
         thumbnails=thumbnails,
     )
 
-
+# %% ../nbs/20_corpus.ipynb #032548df
 def _about_picture(name, file, about):
     return dict(
         title=about["title"] or Path(file).stem,
@@ -364,7 +364,7 @@ def _about_picture(name, file, about):
     )
 
 
-def _build_picture(path, out, name, file, seen, about, options, libaom):
+def _build_picture(path, out, name, file, seen, about, options):
     "Make one picture of a corpus; a reason if its pixels cannot be used."
     try:
         frames, facts = prepare(
@@ -404,7 +404,7 @@ def _build_picture(path, out, name, file, seen, about, options, libaom):
         picture,
         dict(
             library="libaom",
-            version=libaom,
+            version=options["libaom"],
             options={**_SETTINGS, "cpu-used": options["cpu_used"]},
             cq_levels={str(q): cq_level_of(q) for q in options["qindexes"]},
             rebuild="av1nb.corpus.build_corpus",
@@ -413,7 +413,7 @@ def _build_picture(path, out, name, file, seen, about, options, libaom):
         out,
     )
 
-
+# %% ../nbs/20_corpus.ipynb #aa37f48e
 def _in_parallel(what, jobs, files, tasks):
     "What a task gave for each file."
     done = Parallel(n_jobs=jobs or -1, return_as="generator")(tasks) if files else ()
@@ -429,7 +429,7 @@ def _write_picture(picture, encoder, out):
         (out / "pictures").mkdir(exist_ok=True)
         replace_folder(folder, inside(out, f"pictures/{picture.name}", CorpusError))
 
-
+# %% ../nbs/20_corpus.ipynb #b4e5cd1d
 def _manifest(folder):
     "Manifest of a picture, which is a sample of one picture with its origin."
     try:
@@ -466,171 +466,7 @@ def _prints(origin):
         for t in origin["thumbnails"]
     ]
 
-# %% ../nbs/20_corpus.ipynb #cfaed1c5
-def build_corpus(
-    # a folder of pictures and films (subfolders included), a file, or several of them
-    inputs: str | os.PathLike | Sequence,
-    out: str | os.PathLike,  # folder of the corpus; a corpus that is there already is continued
-    *,
-    # quantisers; the cq-levels of these four are known
-    qindexes: Sequence[int] = QINDEXES,
-    cpu_used: int = 1,  # speed preset of libaom, 0 (slowest) to 9
-    max_pixels: int = 1_300_000,  # a larger picture is reduced to about this
-    # reduction in each direction; None: 1.5 (1 for sources of 10 bits or more), or what max_pixels
-    # asks for
-    factor: float | None = None,
-    crop: int = 384,  # side of a crop in pixels, a multiple of 64
-    crops: int = 1,  # crops of each picture, at most; they are the frames of one sequence
-    frames: int = 2,  # frames of each film, evenly spread
-    # from this scalar product of fingerprints on, two sources are the same picture
-    similarity: float = 0.8,
-    licence: str = "not stated",  # terms of all files that `about` does not name
-    author: str = "not stated",  # author of all files that `about` does not name
-    package: str = "",  # what carried the files, such as a package with its version
-    # file name relative to the folder -> title, author, licence, package
-    about: Mapping[str, Mapping[str, str]] | None = None,
-    jobs: int | None = None,  # pictures at a time; None uses all cores
-) -> pd.DataFrame:  # as `corpus_table` gives it
-    """Turn a folder of pictures and films into a corpus, or continue one.
-
-    Unusable files and duplicates are left out and listed by `skipped_table`.
-
-    Raises `ValueError` for arguments that make no sense and if there is no usable file,
-    `FileNotFoundError` for an input that is not there, and `CorpusError` for a corpus that was
-    built with other options or is damaged.
-    """
-    out, about = Path(out), dict(about or {})
-    if unknown := sorted(set(qindexes) - set(QINDEXES)) or not len(qindexes):
-        raise ValueError(
-            f"qindexes is {tuple(qindexes)}; choose from {', '.join(map(str, QINDEXES))}."
-        )
-    for name, value, good, needed in (
-        ("crop", crop, crop >= 64 and crop % 64 == 0, "a multiple of 64"),
-        ("crops", crops, crops >= 1, "at least 1"),
-        ("frames", frames, frames >= 1, "at least 1"),
-        ("max_pixels", max_pixels, max_pixels >= 4096, "at least 4096"),
-        ("factor", factor, factor is None or factor >= 1, "at least 1 (1.5 for 8-bit sources)"),
-        ("similarity", similarity, 0 < similarity <= 1, "a number above 0 and at most 1"),
-        ("cpu_used", cpu_used, 0 <= cpu_used <= 9, "a whole number from 0 to 9"),
-    ):
-        if not good:
-            raise ValueError(f"{name} is {value}; it must be {needed}.")
-    libaom = load_libaom().version
-    options = dict(
-        qindexes=sorted(map(int, qindexes)),
-        cpu_used=cpu_used,
-        max_pixels=max_pixels,
-        factor=factor,
-        crop=crop,
-        crops=crops,
-        frames=frames,
-        similarity=similarity,
-        libaom=libaom,
-    )
-    if (out / "corpus.json").is_file():
-        built = _read_corpus(out)["options"]
-    elif out.is_dir() and any(out.iterdir()):
-        raise CorpusError(f"{out} is not empty and not a corpus. Choose another folder.")
-    else:
-        built = None
-    finished = {name: manifest["encoder"]["origin"] for name, manifest in _manifests(out).items()}
-    if finished and (differing := [key for key in options if built.get(key) != options[key]]):
-        was, now = (
-            ", ".join(f"{k} {values.get(k)}" for k in differing) for values in (built, options)
-        )
-        raise CorpusError(
-            f"{out} was built with {was}; this call asks for {now}. Choose another folder, or the"
-            " same options."
-        )
-
-    sources = _sources(inputs, out)
-    if strange := sorted(set(about) - set(sources)):
-        raise ValueError(f"about names {strange[0]!r}, which is not among the files of {inputs}.")
-    if wrong := sorted({key for entry in about.values() for key in entry} - set(_ABOUT)):
-        raise ValueError(f"about has an entry {wrong[0]!r}; it may have {', '.join(_ABOUT)}.")
-    abouts = {
-        file: (
-            dict(title="", author=author, licence=licence, package=package)
-            | dict(about.get(file, {}))
-        )
-        for file in sources
-    }
-
-    names, by_file = _names(sources, finished), {
-        origin["file"]: origin["sha256"] for origin in finished.values()
-    }
-
-    looked = _in_parallel(
-        "look",
-        jobs,
-        sources,
-        (delayed(_look)(path, by_file.get(file), frames) for file, path in sources.items()),
-    )
-    skipped = {
-        file: dict(reason=seen["reason"], group="")
-        for file, seen in looked.items()
-        if "reason" in seen
-    }
-    waiting = [file for file, seen in looked.items() if "pixels" in seen]
-    redone = {names[file] for file in waiting}
-    known = {
-        ("the corpus", name): _prints(origin)
-        for name, origin in finished.items()
-        if name not in redone
-    }
-    known |= {
-        ("the sample", p.name): [fingerprint(thumbnail(luma)) for luma in p.luma]
-        for p in load_sample()
-    }
-    chosen = []
-    for file in sorted(waiting, key=lambda file: (-looked[file]["pixels"], file)):
-        prints = [fingerprint(t) for t in looked[file]["thumbnails"]]
-        twin, score = _most_alike(prints, known)
-        if score >= similarity:
-            skipped[file] = dict(
-                reason=f"the same picture as {twin[1]} of {twin[0]} (likeness {score:.3f})",
-                group=twin[1],
-            )
-        else:
-            chosen.append(file)
-            known["the corpus", names[file]] = prints
-
-    if not finished and not chosen:
-        file, entry = next(iter(sorted(skipped.items())))
-        raise ValueError(
-            f"None of the {len(sources)} files in {inputs} can be used; {file}: {entry['reason']}."
-        )
-    make_folder(out)
-    for left in out.glob(".part-*"):
-        shutil.rmtree(left)  # of a build that was killed
-    if built != options:
-        save_json(dict(format=_FORMAT, options=options), out / "corpus.json")
-    for file in sources.keys() & by_file.keys() - set(chosen) - skipped.keys():
-        _update_about(out / "pictures" / names[file], file, abouts[file], out)
-    chosen.sort()
-    tasks = (
-        delayed(_build_picture)(
-            sources[file], out, names[file], file, looked[file], abouts[file], options, libaom
-        )
-        for file in chosen
-    )
-    skipped |= {
-        file: dict(reason=reason, group="")
-        for file, reason in _in_parallel("pictures", jobs, chosen, tasks).items()
-        if reason
-    }
-    before = _read_skipped(out)
-    after = {file: entry for file, entry in before.items() if file not in sources} | skipped
-    if after != before or not (out / "skipped.json").is_file():
-        save_json(dict(sorted(after.items())), out / "skipped.json")
-    if not finished and all(file in skipped for file in chosen):
-        raise ValueError(
-            f"None of the {len(sources)} files in {inputs} can be used; {chosen[0]}:"
-            f" {skipped[chosen[0]]['reason']}."
-        )
-    return corpus_table(out)
-
-
+# %% ../nbs/20_corpus.ipynb #d9937cac
 def _update_about(folder, file, about, out):
     "Write a finished picture anew if only what is said about it has changed."
     manifest = _manifest(folder)
@@ -668,76 +504,7 @@ def _read_skipped(folder):
         require_fields(entry, dict(reason=str, group=str), f"{path}, {file[:80]!r}", CorpusError)
     return entries
 
-
-def load_corpus(
-    folder: str | os.PathLike,  # of a corpus
-    names: Sequence[str] | None = None,  # pictures to load; None loads all
-    # in the order of their names; one a photograph or film, its crops and frames are the frames
-) -> list[Picture]:
-    """Pixels and coded trees of a corpus, every byte checked.
-
-    Raises `CorpusError` for what is missing or damaged, `ValueError` for an unknown name.
-    """
-    folder = Path(folder)
-    _read_corpus(folder)
-    known = list(_manifests(folder))
-    if unknown := sorted(set(names or ()) - set(known)):
-        raise ValueError(f"The corpus {folder} has no picture {unknown[0]!r}.")
-    try:
-        return [
-            load_sample(folder=folder / "pictures" / name)[0]
-            for name in known
-            if names is None or name in names
-        ]
-    except SampleError as error:
-        raise CorpusError(
-            f"A picture of the corpus is damaged: {error} Delete its folder and build the corpus"
-            " again."
-        ) from error
-
-
-def corpus_options(
-    folder: str | os.PathLike,  # of a corpus
-) -> dict:  # arguments of `build_corpus`, and the version of libaom
-    "How a corpus was built. Raises `CorpusError` if there is none."
-    return _read_corpus(folder)["options"]
-
-
-def source_planes(
-    folder: str | os.PathLike,  # of a corpus
-    sources: str | os.PathLike,  # folder of the pictures and films that it was made from
-    name: str,  # sequence
-    **changes,  # arguments of `prepare` that differ, such as a larger crop
-) -> list[tuple]:  # (Y, U, V) of each crop, uint16
-    """Luma and chroma of a sequence, made again from its source; the corpus itself holds luma only.
-
-    Raises `CorpusError` if the source is missing or another file than the one that the corpus was
-    made from, or if the luma is not the same although nothing was changed.
-    """
-    if name not in (table := corpus_table(folder)).index:
-        raise CorpusError(f"The corpus {folder} has no picture {name!r}.")
-    entry, options = table.loc[name], corpus_options(folder)
-    path = inside(sources, entry["file"], CorpusError, links=True)
-    if not path.is_file():
-        raise CorpusError(
-            f"{path} is missing, from which {name} was made: build the corpus again, or name the"
-            " folder of its sources."
-        )
-    if sha256_of_file(path) != entry["source_sha256"]:
-        raise CorpusError(f"{path} is another file than the one that {name} was made from.")
-    planes, _ = prepare(
-        path,
-        **{key: options[key] for key in ("max_pixels", "factor", "crop", "crops", "frames")}
-        | changes,
-    )
-    if not changes and sha256(np.stack([y for y, _, _ in planes])) != entry["luma_sha256"]:
-        raise CorpusError(
-            f"{path} gives other pixels than those of {name}: was the corpus built by another"
-            " version?"
-        )
-    return planes
-
-
+# %% ../nbs/20_corpus.ipynb #186d2d6b
 def corpus_table(
     folder: str | os.PathLike,  # of a corpus
 ) -> pd.DataFrame:  # one row a picture, indexed by its sequence name
@@ -779,6 +546,265 @@ def skipped_table(
         [dict(entry, file=file) for file, entry in _read_skipped(folder).items()],
         columns=["file", "reason", "group"],
     )
+
+# %% ../nbs/20_corpus.ipynb #55b377cc
+def _checked_options(qindexes, cpu_used, max_pixels, factor, crop, crops, frames, similarity):
+    "What makes the pixels and labels of a corpus, as its `corpus.json` keeps it."
+    if sorted(set(qindexes) - set(QINDEXES)) or not len(qindexes):
+        raise ValueError(
+            f"qindexes is {tuple(qindexes)}; choose from {', '.join(map(str, QINDEXES))}."
+        )
+    for name, value, good, needed in (
+        ("crop", crop, crop >= 64 and crop % 64 == 0, "a multiple of 64"),
+        ("crops", crops, crops >= 1, "at least 1"),
+        ("frames", frames, frames >= 1, "at least 1"),
+        ("max_pixels", max_pixels, max_pixels >= 4096, "at least 4096"),
+        ("factor", factor, factor is None or factor >= 1, "at least 1 (1.5 for 8-bit sources)"),
+        ("similarity", similarity, 0 < similarity <= 1, "a number above 0 and at most 1"),
+        ("cpu_used", cpu_used, 0 <= cpu_used <= 9, "a whole number from 0 to 9"),
+    ):
+        if not good:
+            raise ValueError(f"{name} is {value}; it must be {needed}.")
+    return dict(
+        qindexes=sorted(map(int, qindexes)),
+        cpu_used=cpu_used,
+        max_pixels=max_pixels,
+        factor=factor,
+        crop=crop,
+        crops=crops,
+        frames=frames,
+        similarity=similarity,
+        libaom=load_libaom().version,
+    )
+
+
+def _earlier(out, options):
+    "Options (None if there is no corpus yet) and origins by name of what was built before."
+    if (out / "corpus.json").is_file():
+        built = _read_corpus(out)["options"]
+    elif out.is_dir() and any(out.iterdir()):
+        raise CorpusError(f"{out} is not empty and not a corpus. Choose another folder.")
+    else:
+        built = None
+    finished = {name: manifest["encoder"]["origin"] for name, manifest in _manifests(out).items()}
+    if finished and (differing := [key for key in options if built.get(key) != options[key]]):
+        was, now = (
+            ", ".join(f"{k} {values.get(k)}" for k in differing) for values in (built, options)
+        )
+        raise CorpusError(
+            f"{out} was built with {was}; this call asks for {now}. Choose another folder, or the"
+            " same options."
+        )
+    return built, finished
+
+# %% ../nbs/20_corpus.ipynb #6e48e41b
+def _abouts(inputs, sources, about, said):
+    "Title, author, licence and package of every file: what `about` says, else `said`."
+    if strange := sorted(set(about) - set(sources)):
+        raise ValueError(f"about names {strange[0]!r}, which is not among the files of {inputs}.")
+    if wrong := sorted({key for entry in about.values() for key in entry} - set(_ABOUT)):
+        raise ValueError(f"about has an entry {wrong[0]!r}; it may have {', '.join(_ABOUT)}.")
+    return {file: said | dict(about.get(file, {})) for file in sources}
+
+
+def _look_at_all(sources, finished, frames, jobs):
+    "What `_look` says of each file; a finished one that is unchanged is not decoded."
+    by_file = {origin["file"]: origin["sha256"] for origin in finished.values()}
+    return _in_parallel(
+        "look",
+        jobs,
+        sources,
+        (delayed(_look)(path, by_file.get(file), frames) for file, path in sources.items()),
+    )
+
+
+def _chosen(looked, names, finished, similarity):
+    "Files to be made into pictures, sorted, and those left out: file → reason, group."
+    skipped = {
+        file: dict(reason=seen["reason"], group="")
+        for file, seen in looked.items()
+        if "reason" in seen
+    }
+    waiting = [file for file, seen in looked.items() if "pixels" in seen]
+    redone = {names[file] for file in waiting}
+    known = {
+        ("the corpus", name): _prints(origin)
+        for name, origin in finished.items()
+        if name not in redone
+    }
+    known |= {
+        ("the sample", p.name): [fingerprint(thumbnail(luma)) for luma in p.luma]
+        for p in load_sample()
+    }
+    chosen = []
+    for file in sorted(waiting, key=lambda file: (-looked[file]["pixels"], file)):
+        prints = [fingerprint(t) for t in looked[file]["thumbnails"]]
+        twin, score = _most_alike(prints, known)
+        if score >= similarity:
+            skipped[file] = dict(
+                reason=f"the same picture as {twin[1]} of {twin[0]} (likeness {score:.3f})",
+                group=twin[1],
+            )
+        else:
+            chosen.append(file)
+            known["the corpus", names[file]] = prints
+    return sorted(chosen), skipped
+
+# %% ../nbs/20_corpus.ipynb #a9fb3f4a
+def _begin(out, options, built):
+    "Make the folder of a corpus, without what a killed build left there."
+    make_folder(out)
+    for left in out.glob(".part-*"):
+        shutil.rmtree(left)
+    if built != options:
+        save_json(dict(format=_FORMAT, options=options), out / "corpus.json")
+
+
+def _keep_skipped(out, sources, skipped):
+    "Write what was left out now, and earlier of files that were not given this time."
+    before = _read_skipped(out)
+    after = {file: entry for file, entry in before.items() if file not in sources} | skipped
+    if after != before or not (out / "skipped.json").is_file():
+        save_json(dict(sorted(after.items())), out / "skipped.json")
+
+
+def _none_usable(inputs, sources, file, skipped):
+    return ValueError(
+        f"None of the {len(sources)} files in {inputs} can be used; {file}:"
+        f" {skipped[file]['reason']}."
+    )
+
+# %% ../nbs/20_corpus.ipynb #cfaed1c5
+def build_corpus(
+    # a folder of pictures and films (subfolders included), a file, or several of them
+    inputs: str | os.PathLike | Sequence,
+    out: str | os.PathLike,  # folder of the corpus; a corpus that is there already is continued
+    *,
+    # quantisers; the cq-levels of these four are known
+    qindexes: Sequence[int] = QINDEXES,
+    cpu_used: int = 1,  # speed preset of libaom, 0 (slowest) to 9
+    max_pixels: int = 1_300_000,  # a larger picture is reduced to about this
+    # reduction in each direction; None: 1.5 (1 for sources of 10 bits or more), or what max_pixels
+    # asks for
+    factor: float | None = None,
+    crop: int = 384,  # side of a crop in pixels, a multiple of 64
+    crops: int = 1,  # crops of each picture, at most; they are the frames of one sequence
+    frames: int = 2,  # frames of each film, evenly spread
+    # from this scalar product of fingerprints on, two sources are the same picture
+    similarity: float = 0.8,
+    licence: str = "not stated",  # terms of all files that `about` does not name
+    author: str = "not stated",  # author of all files that `about` does not name
+    package: str = "",  # what carried the files, such as a package with its version
+    # file name relative to the folder -> title, author, licence, package
+    about: Mapping[str, Mapping[str, str]] | None = None,
+    jobs: int | None = None,  # pictures at a time; None uses all cores
+) -> pd.DataFrame:  # as `corpus_table` gives it
+    """Turn a folder of pictures and films into a corpus, or continue one.
+
+    Unusable files and duplicates are left out and listed by `skipped_table`.
+
+    Raises `ValueError` for arguments that make no sense and if there is no usable file,
+    `FileNotFoundError` for an input that is not there, and `CorpusError` for a corpus that was
+    built with other options or is damaged.
+    """
+    out, about = Path(out), dict(about or {})
+    options = _checked_options(
+        qindexes, cpu_used, max_pixels, factor, crop, crops, frames, similarity
+    )
+    built, finished = _earlier(out, options)
+    sources = _sources(inputs, out)
+    said = dict(title="", author=author, licence=licence, package=package)
+    abouts = _abouts(inputs, sources, about, said)
+    names = _names(sources, finished)
+    looked = _look_at_all(sources, finished, frames, jobs)
+    chosen, skipped = _chosen(looked, names, finished, similarity)
+    if not finished and not chosen:
+        raise _none_usable(inputs, sources, min(skipped), skipped)
+    _begin(out, options, built)
+    earlier = {origin["file"] for origin in finished.values()}
+    for file in sources.keys() & earlier - set(chosen) - skipped.keys():
+        _update_about(out / "pictures" / names[file], file, abouts[file], out)
+    tasks = (
+        delayed(_build_picture)(
+            sources[file], out, names[file], file, looked[file], abouts[file], options
+        )
+        for file in chosen
+    )
+    reasons = _in_parallel("pictures", jobs, chosen, tasks)
+    skipped |= {file: dict(reason=why, group="") for file, why in reasons.items() if why}
+    _keep_skipped(out, sources, skipped)
+    if not finished and all(file in skipped for file in chosen):
+        raise _none_usable(inputs, sources, chosen[0], skipped)
+    return corpus_table(out)
+
+# %% ../nbs/20_corpus.ipynb #639f5727
+def load_corpus(
+    folder: str | os.PathLike,  # of a corpus
+    names: Sequence[str] | None = None,  # pictures to load; None loads all
+    # in the order of their names; one a photograph or film, its crops and frames are the frames
+) -> list[Picture]:
+    """Pixels and coded trees of a corpus, every byte checked.
+
+    Raises `CorpusError` for what is missing or damaged, `ValueError` for an unknown name.
+    """
+    folder = Path(folder)
+    _read_corpus(folder)
+    known = list(_manifests(folder))
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise ValueError(f"The corpus {folder} has no picture {unknown[0]!r}.")
+    try:
+        return [
+            load_sample(folder=folder / "pictures" / name)[0]
+            for name in known
+            if names is None or name in names
+        ]
+    except SampleError as error:
+        raise CorpusError(
+            f"A picture of the corpus is damaged: {error} Delete its folder and build the corpus"
+            " again."
+        ) from error
+
+
+def corpus_options(
+    folder: str | os.PathLike,  # of a corpus
+) -> dict:  # arguments of `build_corpus`, and the version of libaom
+    "How a corpus was built. Raises `CorpusError` if there is none."
+    return _read_corpus(folder)["options"]
+
+# %% ../nbs/20_corpus.ipynb #5e0a63a5
+def source_planes(
+    folder: str | os.PathLike,  # of a corpus
+    sources: str | os.PathLike,  # folder of the pictures and films that it was made from
+    name: str,  # sequence
+    **changes,  # arguments of `prepare` that differ, such as a larger crop
+) -> list[tuple]:  # (Y, U, V) of each crop, uint16
+    """Luma and chroma of a sequence, made again from its source; the corpus itself holds luma only.
+
+    Raises `CorpusError` if the source is missing or another file than the one that the corpus was
+    made from, or if the luma is not the same although nothing was changed.
+    """
+    if name not in (table := corpus_table(folder)).index:
+        raise CorpusError(f"The corpus {folder} has no picture {name!r}.")
+    entry, options = table.loc[name], corpus_options(folder)
+    path = inside(sources, entry["file"], CorpusError, links=True)
+    if not path.is_file():
+        raise CorpusError(
+            f"{path} is missing, from which {name} was made: build the corpus again, or name the"
+            " folder of its sources."
+        )
+    if sha256_of_file(path) != entry["source_sha256"]:
+        raise CorpusError(f"{path} is another file than the one that {name} was made from.")
+    planes, _ = prepare(
+        path,
+        **{key: options[key] for key in ("max_pixels", "factor", "crop", "crops", "frames")}
+        | changes,
+    )
+    if not changes and sha256(np.stack([y for y, _, _ in planes])) != entry["luma_sha256"]:
+        raise CorpusError(
+            f"{path} gives other pixels than those of {name}: was the corpus built by another"
+            " version?"
+        )
+    return planes
 
 # %% ../nbs/20_corpus.ipynb #7667c0ab
 def _card_rows(pictures):
