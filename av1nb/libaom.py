@@ -191,7 +191,7 @@ def _find_abi(libaom, what, init, iface, config=None):
 class Libaom:
     """One loaded libaom.
 
-    Use `load_libaom`, which also checks that its answers are the expected ones.
+    Use `streams.load_libaom`, which also checks that its answers are the expected ones.
     """
 
     def __init__(
