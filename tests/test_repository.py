@@ -126,8 +126,6 @@ LONG_CELLS = {
     ("joint", "JointPredictor"),
     ("libaom", "Libaom"),
     ("partitions", "Hierarchy"),
-    ("pictures", "Pictures"),
-    ("pictures", "VideoInfo"),
     ("runs", "StageNotebook"),
     ("runs", "notebooks_folder"),
     ("runs", "_receipt"),
