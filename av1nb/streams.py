@@ -143,8 +143,7 @@ class _DisplayOrder:
         return [frame] if self._hidden == "read" else []
 
 # %% ../nbs/04_streams.ipynb #5d0c1433
-# largest picture that is decoded, 16384×8192: a corrupt header could ask for more memory than there
-# is
+# largest picture that is decoded, 16384×8192: a corrupt header could ask for any memory
 MAX_PIXELS = 2**27
 
 
