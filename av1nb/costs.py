@@ -19,10 +19,34 @@ from .files import atomic_file, require_small_zip
 from .partitions import PartitionType, SIZES, is_inside
 from .masks import TYPES, _LEVEL
 
-# %% ../nbs/25_costs.ipynb #d8692d67
+# %% ../nbs/25_costs.ipynb #9c1153b1
 _MOST_UNPACKED = 1 << 32  # bytes of a search log
+_COLUMNS = ("frame", "size", "row", "col", "type")  # of its node table
 
 
+def _checked_arrays(path):
+    "Arrays by name and settings of a search log, all of the kinds and shapes that they must have."
+    names = {*_COLUMNS, "settings", "costs", "seconds"}
+    if not {f"{n}.npy" for n in names} <= set(require_small_zip(path, _MOST_UNPACKED)):
+        raise ValueError(f"it does not hold {', '.join(sorted(names))}")
+    with np.load(path, allow_pickle=False) as data:
+        arrays = {name: data[name] for name in names}
+    nodes = arrays["type"].shape
+    if len(nodes) != 1 or any(
+        arrays[c].dtype.kind not in "iu" or arrays[c].shape != nodes for c in _COLUMNS
+    ):
+        raise ValueError("its nodes are no columns of integers")
+    for name in ("costs", "seconds"):
+        if arrays[name].dtype.kind != "f" or arrays[name].shape != (*nodes, TYPES):
+            raise ValueError(f"its {name} are no numbers [nodes, {TYPES}]")
+    # a few names and numbers; more could overflow the parser
+    settings = ast.literal_eval(str(arrays["settings"])[:10_000])
+    for side in ("width", "height"):
+        if not 1 <= settings.get(side, 1) <= 65536:
+            raise ValueError(f"its {side} is {settings[side]}")
+    return arrays, settings
+
+# %% ../nbs/25_costs.ipynb #d8692d67
 @dataclass(eq=False)
 class SearchLog:
     "Every block that a search visited."
@@ -76,27 +100,9 @@ class SearchLog:
         path: str | os.PathLike,  # file that `save` wrote
     ) -> "SearchLog":
         "Raises `FileNotFoundError`, and `ValueError` for a file that is no log or damaged."
-        columns = ("frame", "size", "row", "col", "type")
         try:
-            names = {*columns, "settings", "costs", "seconds"}
-            if not {f"{n}.npy" for n in names} <= set(require_small_zip(path, _MOST_UNPACKED)):
-                raise ValueError(f"it does not hold {', '.join(sorted(names))}")
-            with np.load(path, allow_pickle=False) as data:
-                arrays = {name: data[name] for name in names}
-            nodes = arrays["type"].shape
-            if len(nodes) != 1 or any(
-                arrays[c].dtype.kind not in "iu" or arrays[c].shape != nodes for c in columns
-            ):
-                raise ValueError("its nodes are no columns of integers")
-            for name in ("costs", "seconds"):
-                if arrays[name].dtype.kind != "f" or arrays[name].shape != (*nodes, TYPES):
-                    raise ValueError(f"its {name} are no numbers [nodes, {TYPES}]")
-            # a few names and numbers; more could overflow the parser
-            settings = ast.literal_eval(str(arrays["settings"])[:10_000])
-            for side in ("width", "height"):
-                if not 1 <= settings.get(side, 1) <= 65536:
-                    raise ValueError(f"its {side} is {settings[side]}")
-            table = pd.DataFrame({c: arrays[c].astype(np.int64) for c in columns})
+            arrays, settings = _checked_arrays(path)
+            table = pd.DataFrame({c: arrays[c].astype(np.int64) for c in _COLUMNS})
             return cls(table, arrays["costs"], arrays["seconds"], settings)
         except FileNotFoundError:
             raise

@@ -121,30 +121,12 @@ def test_lock_covers_what_settings_ask_for():
 
 # Exported cells of more than 70 lines that stay whole, by module and first name, with the reason.
 WHOLE = {
-    ("costs", "SearchLog"): "one class: what a file of it must hold stands beside what it is",
     ("joint", "JointPredictor"): "one class: what it keeps between frames is used by every method",
     ("libaom", "Libaom"): "one class: the calls of one library",
     ("partitions", "Hierarchy"): "one class: labels, routes and final types undo each other",
     ("steering", "encode_masked"): "one function, a third of it documented parameters",
     ("streams", "Trees"): "one class: an iterator and the state of its decoder",
 }
-# And those that are still to be cut. The list may only get shorter.
-LONG_CELLS = {
-    ("runs", "StageNotebook"),
-    ("runs", "notebooks_folder"),
-    ("runs", "_receipt"),
-    ("runs", "clear"),
-    ("runs", "shown_text"),
-    ("runs", "read_result"),
-    ("runs", "over_models"),
-    ("runs", "_description"),
-    ("training", "TrainConfig"),
-    ("training", "_Sum"),
-    ("training", "running_average"),
-    ("training", "fit"),
-}
-# Rooms whose public parameters are not all typed and documented.
-UNDOCUMENTED = ("runs", "training")
 
 
 def exported_cells():
@@ -187,7 +169,7 @@ def public_functions(tree):
 def test_public_parameters_are_typed_and_documented():
     found = []
     for module, _, source, tree in exported_cells():
-        if module in UNDOCUMENTED or module == "cli":  # the help of its options is shown to users
+        if module == "cli":  # the help of its options is shown to users
             continue
         comments = comment_rows(source)
         for name, node in public_functions(tree):
@@ -211,8 +193,7 @@ def test_exported_cells_fit_a_glance():
         for module, first, source, _ in exported_cells()
         if source.count("\n") >= 70
     }
-    known = LONG_CELLS | WHOLE.keys()
-    assert set(long) <= known, {k: n for k, n in long.items() if k not in known}
+    assert long.keys() <= WHOLE.keys(), {k: n for k, n in long.items() if k not in WHOLE}
     assert WHOLE.keys() <= set(long), f"no longer long: {WHOLE.keys() - set(long)}"
 
 
