@@ -62,7 +62,8 @@ def command(
         except (ValueError, OSError, RuntimeError) as error:
             if os.environ.get("AV1NB_DEBUG"):
                 raise
-            typer.echo(f"av1nb {function.__name__}: {error}", err=True)
+            name = function.__name__.replace("_", "-")  # as it is typed
+            typer.echo(f"av1nb {name}: {error}", err=True)
             raise typer.Exit(1) from error
 
     return app.command()(guarded)

@@ -238,7 +238,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(small, monkeypatch):
     assert (
         done.exit_code == 1
         and done.stderr.strip()
-        == "av1nb train_joint: batch_size is 3; it must be at least 1 and divisible by the 2"
+        == "av1nb train-joint: batch_size is 3; it must be at least 1 and divisible by the 2"
         " processes."
     )
     assert not list((small / "models").glob("odd*"))
