@@ -7,8 +7,8 @@ STAMP    := .venv/installed
 RUN      ?= runs/demo
 SITE     := _docs
 
-# Threads that wait for others sleep: with other work on the machine, spinning ones take its cores.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait for others spin for a short time only: with other work, they take its cores.
+export GOMP_SPINCOUNT ?= 2000
 
 .PHONY: help install demo test bench docs lab readme pages export sample encoder clean
 .DEFAULT_GOAL := help

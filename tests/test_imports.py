@@ -7,6 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 # what a machine that only trains and predicts need not have
@@ -195,3 +197,28 @@ def test_the_first_word_of_a_command_comes_before_torch(tmp_path):
             print("ok")
             """)
         assert said.endswith("ok\n")
+
+
+@pytest.mark.parametrize(
+    "own, then",
+    [
+        ({}, ["2000", "None"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["7", "None"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["None", "ACTIVE"]),
+    ],
+)
+def test_waiting_threads_spin_shortly_unless_the_user_says_otherwise(own, then):
+    "What counts is the variable that PyTorch's OpenMP finds when it is loaded."
+    environment = {k: v for k, v in os.environ.items() if "OMP_" not in k} | own
+    code = """
+        import os, av1nb
+        print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == then, done.stderr
