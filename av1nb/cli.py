@@ -9,7 +9,6 @@ __all__ = ['app', 'Video', 'Weights', 'RunDir', 'Width', 'Height', 'Bits', 'UNTO
 # %% ../nbs/29_cli.ipynb #7ba53f7e
 import functools
 import importlib
-import json
 import os
 import shutil
 import sys
@@ -236,9 +235,10 @@ def bench(run_dir: RunDir = Path("runs/bench")):
     "Run the benchmark notebooks and write their ratios into one JSON file."
     import pandas as pd
     from av1nb import runs
+    from av1nb.files import read_json
 
     path = runs.run_benchmarks(runs.RunDirectory(run_dir))
-    typer.echo(pd.DataFrame(json.loads(path.read_text())["ratios"]).to_string(index=False))
+    typer.echo(pd.DataFrame(read_json(path)["ratios"]).to_string(index=False))
     typer.echo(f"Written to {path}")
 
 # %% ../nbs/29_cli.ipynb #6f6ae1d2

@@ -15,6 +15,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -413,6 +414,25 @@ class RecordingPlan:
     def pictures(self) -> str:  # name of the file with the pictures
         return self.name if self.decoded else self.sequence
 
+# %% ../nbs/09_recordings.ipynb #7c41e0a2
+@contextmanager
+def _staged(root, name, what):
+    """A folder of its own in `root` to make files in, of which nothing stays.
+
+    After an error a `root` that was made for it goes, too; a full disk is said of `what`.
+    """
+    staging, made = root / f".{name}.{uuid.uuid4().hex}.part", []
+    try:
+        made = make_folder(root)
+        yield staging
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        remove_empty(made)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise disk_full(error, what) from error
+        raise
+    shutil.rmtree(staging)
+
 # %% ../nbs/09_recordings.ipynb #5d0c1305
 def _write_array(path, array):
     with open(path, "wb") as file:  # np.save reports a full disk without saying that it is one
@@ -626,22 +646,13 @@ def write_recording(
             " choose another name."
         )
     stored = _pictures_are_stored(root, plan.name, plan.pictures, pictures, frames)
-    staging, made = root / f".{plan.name}.{uuid.uuid4().hex}.part", []
-    try:
-        made = make_folder(root)
+    with _staged(root, plan.name, f"Recording {plan.name!r} in {root}") as staging:
         recording, new = _stage(staging, root, plan, pictures, frames, nodes, stored)
         old = {_description(plan.name), *before.files} if before else set()
         kept = {_frames_file(r.pictures) for r in list_recordings(root) if r.name != plan.name}
         if stored:
             kept.add(_frames_file(plan.pictures))
         _commit(staging, root, new, sorted(old - kept))
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        remove_empty(made)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise disk_full(error, f"Recording {plan.name!r} in {root}") from error
-        raise
-    shutil.rmtree(staging)
     return recording
 
 # %% ../nbs/09_recordings.ipynb #62b9c2db
@@ -696,9 +707,8 @@ def _write_merged(out, sequence, size, blocks, table):
             f"{out} has a recording named {sequence!r}, whose files would be overwritten; choose"
             " another folder."
         )
-    staging, made = out / f".{sequence}.{uuid.uuid4().hex}.part", make_folder(out)
     files = block_files(sequence, size)
-    try:
+    with _staged(out, sequence, f"The merged sequence {sequence!r} in {out}") as staging:
         for path in files.values():
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
         (staging / files["blocks"]).write_bytes(np.ascontiguousarray(blocks, "<u2").tobytes())
@@ -709,13 +719,6 @@ def _write_merged(out, sequence, size, blocks, table):
         ):
             _write_columns(staging / files[what], table[columns])
         _commit(staging, out, list(files.values()), [])
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        remove_empty(made)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise disk_full(error, f"The merged sequence {sequence!r} in {out}") from error
-        raise
-    shutil.rmtree(staging)
 
 # %% ../nbs/09_recordings.ipynb #5d0c130b
 def _picture_of(where, frame, pictures, shape):
