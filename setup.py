@@ -23,7 +23,10 @@ setup(
     package_data={"av1nb": ["data/*", "data/**/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={
+        "cluster": cfg["cluster_requirements"].split(),
+        "dev": cfg["dev_requirements"].split(),
+    },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )
