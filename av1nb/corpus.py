@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
-from tqdm import tqdm
+from joblib import delayed
 
 from .partitions import mi_arrays
+from .jobs import run_jobs
 from av1nb.pictures import (
     LEAST_FACTOR,
     VIDEO_SUFFIXES,
@@ -275,11 +275,14 @@ _ORIGIN = dict.fromkeys(("file", "kind", "package", "sha256"), str) | dict(
 )
 
 # %% ../nbs/21_corpus.ipynb #34a45e1c
+def _as_list(inputs):
+    return [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+
+
 def _sources(inputs, out):
     "Files by their name relative to the folder that was given."
     found = {}
-    for given in [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs:
-        given = Path(given)
+    for given in map(Path, _as_list(inputs)):
         if not given.exists():
             raise FileNotFoundError(
                 f"{given} does not exist; give a folder of pictures and films, or a single one."
@@ -340,7 +343,7 @@ def _look(path, known_sha256, frames):
         if digest == known_sha256:
             return dict(sha256=digest)
         read, _ = read_source(path, frames)
-    except MemoryError:
+    except (MemoryError, FileNotFoundError):
         raise
     # whatever a decoder says of a broken file
     except Exception as error:
@@ -414,12 +417,13 @@ def _build_picture(path, out, name, file, seen, about, options):
     )
 
 # %% ../nbs/21_corpus.ipynb #aa37f48e
-def _in_parallel(what, jobs, files, tasks):
-    "What a task gave for each file."
-    done = Parallel(n_jobs=jobs or -1, return_as="generator")(tasks) if files else ()
-    return dict(
-        zip(files, tqdm(done, total=len(files), desc=what, mininterval=5, disable=not files))
-    )
+def _clear_parts(out):
+    "Remove what a killed build, or a worker that was killed in this one, left half-written."
+    for left in out.glob(".part-*"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def _write_picture(picture, encoder, out):
@@ -607,15 +611,15 @@ def _abouts(inputs, sources, about, said):
     return {file: said | dict(about.get(file, {})) for file in sources}
 
 
-def _look_at_all(sources, finished, frames, jobs):
+def _look_at_all(sources, finished, frames, where):
     "What `_look` says of each file; a finished one that is unchanged is not decoded."
     by_file = {origin["file"]: origin["sha256"] for origin in finished.values()}
-    return _in_parallel(
-        "look",
-        jobs,
-        sources,
-        (delayed(_look)(path, by_file.get(file), frames) for file, path in sources.items()),
-    )
+    tasks = {
+        file: delayed(_look)(path.absolute(), by_file.get(file), frames)
+        for file, path in sources.items()
+    }
+    found = dict(run_jobs(tasks, "look", **where))
+    return {file: found[file] for file in sources}
 
 
 def _chosen(looked, names, finished, similarity):
@@ -654,10 +658,28 @@ def _chosen(looked, names, finished, similarity):
 def _begin(out, options, built):
     "Make the folder of a corpus, without what a killed build left there."
     make_folder(out)
-    for left in out.glob(".part-*"):
-        shutil.rmtree(left)
+    _clear_parts(out)
     if built != options:
         save_json(dict(format=_FORMAT, options=options), out / "corpus.json")
+
+
+def _build_all(chosen, out, facts, options, where):
+    "What `_build_picture` says of each file."
+    tasks = {
+        file: delayed(_build_picture)(
+            path.absolute(),
+            out.absolute(),
+            facts["names"][file],
+            file,
+            facts["looked"][file],
+            facts["abouts"][file],
+            options,
+        )
+        for file, path in chosen.items()
+    }
+    reasons = dict(run_jobs(tasks, "pictures", **where, writes=[out]))
+    _clear_parts(out)
+    return reasons
 
 
 def _keep_skipped(out, sources, skipped):
@@ -698,14 +720,18 @@ def build_corpus(
     # file name relative to the folder -> title, author, licence, package
     about: Mapping[str, Mapping[str, str]] | None = None,
     jobs: int | None = None,  # pictures at a time; None uses all cores
+    # cluster that makes the pictures, see `jobs.scheduler_address`; its workers must see `inputs`
+    # and `out` under the same paths
+    scheduler: str | os.PathLike | None = None,
 ) -> pd.DataFrame:  # as `corpus_table` gives it
     """Turn a folder of pictures and films into a corpus, or continue one.
 
     Unusable files and duplicates are left out and listed by `skipped_table`.
 
     Raises `ValueError` for arguments that make no sense and if there is no usable file,
-    `FileNotFoundError` for an input that is not there, and `CorpusError` for a corpus that was
-    built with other options or is damaged.
+    `FileNotFoundError` for an input that is not there, `CorpusError` for a corpus that was built
+    with other options or is damaged, and `JobError` that names the file if a picture fails that can
+    be read.
     """
     out, about = Path(out), dict(about or {})
     options = _checked_options(
@@ -716,7 +742,8 @@ def build_corpus(
     said = dict(title="", author=author, licence=licence, package=package)
     abouts = _abouts(inputs, sources, about, said)
     names = _names(sources, finished)
-    looked = _look_at_all(sources, finished, frames, jobs)
+    where = dict(jobs=jobs, scheduler=scheduler, reads=_as_list(inputs))
+    looked = _look_at_all(sources, finished, frames, where)
     chosen, skipped = _chosen(looked, names, finished, similarity)
     if not finished and not chosen:
         raise _none_usable(inputs, sources, min(skipped), skipped)
@@ -724,13 +751,8 @@ def build_corpus(
     earlier = {origin["file"] for origin in finished.values()}
     for file in sources.keys() & earlier - set(chosen) - skipped.keys():
         _update_about(out / "pictures" / names[file], file, abouts[file], out)
-    tasks = (
-        delayed(_build_picture)(
-            sources[file], out, names[file], file, looked[file], abouts[file], options
-        )
-        for file in chosen
-    )
-    reasons = _in_parallel("pictures", jobs, chosen, tasks)
+    facts = dict(names=names, looked=looked, abouts=abouts)
+    reasons = _build_all({file: sources[file] for file in chosen}, out, facts, options, where)
     skipped |= {file: dict(reason=why, group="") for file, why in reasons.items() if why}
     _keep_skipped(out, sources, skipped)
     if not finished and all(file in skipped for file in chosen):
