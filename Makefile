@@ -41,7 +41,10 @@ bench: $(STAMP) ## run the benchmark notebooks and collect their ratios in one f
 docs: $(STAMP) ## render the site to _docs/ (Quarto where installed, else smalldocs)
 	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)"
 	if command -v quarto >/dev/null; then quarto render _proc --no-cache; else \
-	  find _proc -name '*.ipynb' -exec sed -i '/"output-file: .*\\n",/d' {} + && $(BIN)/smalldocs render _proc --quiet; fi
+	  sed -i '/^bibliography:\|^link-citations:/d' _proc/_quarto.yml && \
+	  find _proc -name '*.ipynb' -exec sed -i '/"output-file: .*\\n",/d' {} + && \
+	  $(BIN)/python -c "from av1nb import pages; pages.resolve_citations('_proc')" && \
+	  $(BIN)/smalldocs render _proc --quiet; fi
 	rm -rf $(SITE) && mv _proc/$(SITE) $(SITE)
 	@echo "The site is in $(SITE)/index.html"
 
