@@ -6,7 +6,8 @@
 __all__ = ['BLOCK_WIDTH', 'BLOCK_HEIGHT', 'SQUARE_CODE', 'SIZES', 'MI', 'SYMMETRIES', 'UNCOVERED_POLICIES', 'V6', 'V5', 'FLAT',
            'FLAT7', 'HIERARCHIES', 'LEVELS', 'JOINT', 'PartitionType', 'legal_types', 'children', 'apply_symmetry',
            'compose', 'inverse', 'label_map', 'leaves', 'mi_shape', 'random_tree', 'mi_arrays', 'coded_nodes',
-           'is_inside', 'transform_nodes', 'Stage', 'Hierarchy', 'legal_grid', 'cell_slices', 'smallest_sets']
+           'is_inside', 'transform_nodes', 'Stage', 'Hierarchy', 'legal_grid', 'cell_slices', 'encoder_limits',
+           'smallest_sets']
 
 # %% ../nbs/01_partitions.ipynb #db9c7123
 from collections.abc import Iterable, Mapping
@@ -840,6 +841,80 @@ def cell_slices(
         raise ValueError(f"{width}×{height} pixels are no whole 64×64 superblocks.")
     counts = [(height // size) * (width // size) for size in LEVELS]
     return {size: slice(sum(counts[:i]), sum(counts[: i + 1])) for i, size in enumerate(LEVELS)}
+
+# %% ../nbs/01_partitions.ipynb #5e1f0a02
+_SQUARE_ONLY = {  # preset -> (smaller side from, largest side of nodes that have halves), in pixels
+    0: ((480, 128), (0, 64)),
+    1: ((720, 128), (480, 64), (0, 32)),
+    2: ((720, 64), (0, 32)),
+}
+_AB, _FOUR = (4, 5, 6, 7), (8, 9)
+
+
+def _largest_with_halves(short, cpu_used, mode):
+    if cpu_used >= 6:
+        return 32 if mode == "good" and short >= 720 else 16
+    return next(side for least, side in _SQUARE_ONLY[min(cpu_used, 2)] if short >= least)
+
+
+def _smallest_extended(short, cpu_used, screen):
+    "Least side of nodes that have T shapes and 4:1 types."
+    if cpu_used < 5:
+        return 16
+    if cpu_used > 5 or short < 480:
+        return 256
+    return 16 if screen else 32
+
+# %% ../nbs/01_partitions.ipynb #5e1f0a03
+def _halves_at(cpu_used, mode, qindex, screen):
+    "Least side of nodes that have halves."
+    if mode != "allintra" or cpu_used < 6 or screen or qindex is None:
+        return 8
+    return (32, 16, 8)[qindex * 3 // 256]
+
+
+def encoder_limits(
+    width: int,  # frame width in pixels
+    height: int,  # frame height in pixels
+    cpu_used: int,  # speed preset, 0–6
+    mode: str = "allintra",  # or "good", of which the key frames are meant
+    sb_size: int = 64,  # side of a superblock: 64 or 128
+    qindex: int | None = None,  # of the block, 0–255; None: what some qindex allows
+    # True: what libaom may use if it takes the frame for screen content, or not; False: it does
+    # not, `allow_screen_content_tools` is 0 in the frame header
+    screen: bool = True,
+) -> dict[int, tuple[PartitionType, ...]]:  # size -> types, as `limits` of `legal_grid`
+    """Types that libaom's switches leave to nodes wholly inside a key frame, size by size.
+
+    For 4:2:0 and default options. Source: AOMedia, libaom 3.12.1, `av1/encoder/speed_features.c`.
+    Raises `ValueError` for a preset, mode, qindex or superblock that does not exist.
+    """
+    if mode not in ("allintra", "good") or cpu_used not in range(7):
+        raise ValueError(
+            "libaom's rules are known for presets 0 to 6 of the modes allintra and good, not for"
+            f" {cpu_used!r} of {mode!r}."
+        )
+    if qindex is not None and qindex not in range(256):
+        raise ValueError(f"qindex is {qindex!r}; it must be a whole number from 0 to 255.")
+    mi_shape(width, height)
+    short = min(width, height)
+    smallest = 8 if short >= 2160 or (cpu_used == 6 and short >= 1080) else 4
+    largest = 32 if mode == "allintra" and cpu_used == 6 else 128
+    halves = _halves_at(cpu_used, mode, qindex, screen), _largest_with_halves(short, cpu_used, mode)
+    limits = {}
+    for size in _levels(sb_size, 8):
+        rectangular = halves[0] <= size <= halves[1]
+        extended = rectangular and size >= _smallest_extended(short, cpu_used, screen)
+        types = {PartitionType.NONE, PartitionType.SPLIT}
+        types |= {PartitionType.HORZ, PartitionType.VERT} if rectangular else set()
+        types |= set(_AB) if extended else set()
+        types |= set(_FOUR) if extended and size >= 4 * smallest else set()
+        if size > largest:
+            types = {PartitionType.SPLIT}
+        elif size <= smallest or (size == 8 and mode == "good" and cpu_used >= 5 and not screen):
+            types = {PartitionType.NONE}
+        limits[size] = tuple(t for t in legal_types(size) if t in types)
+    return limits
 
 # %% ../nbs/01_partitions.ipynb #2d0aa720
 def smallest_sets(
