@@ -334,7 +334,7 @@ def split_of(
 PRESETS = (*(("allintra", speed) for speed in range(7)), *(("good", s) for s in range(1, 5)))
 LEVELS_OF_QUALITY = (5, 62)  # least and greatest constant quality level that is drawn
 
-# %% ../nbs/22_material.ipynb #0bbd0664
+# %% ../nbs/22_material.ipynb #62c2d5f7
 def draw_encodes(
     count: int,  # encodes of the frame
     rng: np.random.Generator,  # of presets, levels and superblocks
@@ -354,11 +354,15 @@ def draw_encodes(
 
 # of each kind of source: material, and how many frames of it a source gives on average
 _SHARES = {
-    "photograph": dict(native=1.6, reduced=0.9, noisy=0.6, recoded=1.4, dark=0.6, empty=0.25),
+    "photograph": dict(native=2.0, reduced=0.9, noisy=0.7, recoded=1.6, dark=0.6, empty=0.25),
+    # below `_NATIVE_LINES`: somebody has reduced it before
+    "small": dict(reduced=0.9, noisy=0.2, recoded=0.5, dark=0.2, empty=0.1),
     "camera": dict(camera=1.0, recoded=0.5, dark=0.15, empty=0.05),
     "rendered": dict(rendered=1.0, recoded=0.4, dark=0.15, empty=0.05),
 }
-_CLASS_SHARES = (0.15, 0.15, 0.25, 0.37, 0.08)  # of the sizes in `FRAME_SIZES`
+_NATIVE_LINES = 1000  # smaller side from which on a photograph is taken for native
+_LEAST_LINES = 240  # frames are not reduced further than to about this
+_CLASS_SHARES = (0.15, 0.15, 0.25, 0.33, 0.12)  # of the sizes in `FRAME_SIZES`
 
 
 def _draw_size(shape, factor, rng):
@@ -377,9 +381,10 @@ def _draw_recode(rng):
     return "recode", (codec, int(rng.choice(coarse.get(codec, (20, 32, 44, 55)))))
 
 
-def _draw_steps(material, kind, rng):
+def _draw_steps(material, kind, shape, rng):
     "Reduction (1: none) and further steps of a frame of a material."
-    reduce = float(np.round(rng.uniform(1.5, 3), 2))
+    most = max(1.5, min(3.0, min(shape) / _LEAST_LINES))
+    reduce = float(np.round(rng.uniform(1.5, most), 2))
     whole = kind == "photograph" and rng.random() < 0.5
     if material in ("native", "recoded"):
         steps = (_draw_recode(rng),) if material == "recoded" else ()
@@ -399,11 +404,11 @@ def _draw_steps(material, kind, rng):
         return reduce, (step,)
     return reduce, ()
 
-# %% ../nbs/22_material.ipynb #cc870a63
+# %% ../nbs/22_material.ipynb #f3b3c6d0
 def plan_frames(
     sources: Iterable[PictureSource],  # photographs and frames of films
     drawings: int = 40,  # screens, and as many titles
-    encodes: int = 2,  # of each frame
+    encodes: int = 2,  # of each frame; test frames have one, and two that differ by one step
     amount: float = 1.0,  # frames of each source, as a factor on what is usual
     seed: int = 42,  # of all that is drawn
 ) -> list[FramePlan]:  # in an order in which any beginning holds some of everything
@@ -418,23 +423,24 @@ def plan_frames(
                 f"{source.file} is of the kind {source.kind!r} and in the split {source.split!r};"
                 f" kinds are {', '.join(_SHARES)}, splits {', '.join(_SPLITS)} or none."
             )
-        for material, share in _SHARES[source.kind].items():
+        small = source.kind == "photograph" and min(source.shape) < _NATIVE_LINES
+        split = source.split or split_of(source.name)
+        for material, share in _SHARES["small" if small else source.kind].items():
             first = f"{material}_{source.name}_{source.frame}"
             rng = np.random.default_rng([seed, int(sha256(first.encode())[:8], 16)])
             for number in range(int(share * amount + rng.random())):
-                reduction, steps = _draw_steps(material, source.kind, rng)
-                # an 8-bit photograph has no more than 8 bits at its own size
+                reduction, steps = _draw_steps(material, source.kind, source.shape, rng)
                 size = _draw_size(source.shape, reduction, rng)
                 taken = ("window", (reduction,))
                 plans.append(
                     FramePlan(
                         f"{first}_{number}",
                         source.name,
-                        source.split or split_of(source.name),
+                        split,
                         material,
                         size,
                         (taken, *steps),
-                        draw_encodes(encodes, rng),
+                        draw_encodes(1 if split == "test" else encodes, rng),
                         int(rng.integers(2**31)),
                         source.file,
                         source.frame,
@@ -445,7 +451,7 @@ def plan_frames(
             group = f"{step}{number:03d}"
             rng = np.random.default_rng([seed, int(sha256(group.encode())[:8], 16)])
             size = FRAME_SIZES[int(rng.choice(len(FRAME_SIZES), p=_CLASS_SHARES))]
-            drawn = draw_encodes(encodes, rng)
+            drawn = draw_encodes(1 if split_of(group) == "test" else encodes, rng)
             plans.append(
                 FramePlan(
                     group,
