@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from .datasets import MAX_PIXEL, BlockSet, to_float
+from .encoding import Conditions
 from .partitions import LEVELS, SYMMETRIES, apply_symmetry, cell_slices, is_inside, label_map
 from .contract import read_partition_logs, require_reading
 from .recordings import list_recordings, read_frames
@@ -31,10 +32,11 @@ class Place:
     qindex: int  # 0–255
     height: int  # pixels of the frame itself
     width: int
-    padded_height: int  # with the extension, multiples of 64
+    padded_height: int  # with the extension, multiples of the largest level
     padded_width: int
     luma_start: int  # first pixel in the vector of pixels
     starts: tuple  # first cell in the vector of types of each level
+    conditions: Conditions | None = None  # of the encode, where the picture tells them
 
 
 def check_frame(
@@ -63,10 +65,11 @@ def check_frame(
 
 def pad_frame(
     luma: np.ndarray,  # [H, W]
-    side: int = 64,  # least height and width of the result, a multiple of 64
+    side: int = 64,  # least height and width of the result, a multiple of `block`
+    block: int = 64,  # side of the superblocks, 64 or 128
 ) -> np.ndarray:  # [whole superblocks], the last row and column repeated
-    "Extend a frame at the bottom and the right to whole 64×64 superblocks."
-    height, width = (max(side, -(-n // 64) * 64) for n in luma.shape)
+    "Extend a frame at the bottom and the right to whole superblocks."
+    height, width = (max(side, -(-n // block) * block) for n in luma.shape)
     return np.pad(luma, ((0, height - luma.shape[0]), (0, width - luma.shape[1])), mode="edge")
 
 
@@ -81,7 +84,7 @@ def numbered(
 MOST_REGRET = 1.0  # larger regrets are stored as this: a type that doubles the cost is wrong enough
 
 
-def _regrets(picture, frame, qindex, shape):
+def _regrets(picture, frame, qindex, shape, levels=LEVELS):
     """Nodes of a frame inside it whose costs are known, and the regret of each type; None without
     costs.
     """
@@ -98,14 +101,14 @@ def _regrets(picture, frame, qindex, shape):
             f" {frame} of {shape[1]}×{shape[0]} pixels."
         )
     of_frame = (
-        of_frame & is_inside(nodes, shape[1], shape[0]) & nodes["size"].isin(LEVELS).to_numpy()
+        of_frame & is_inside(nodes, shape[1], shape[0]) & nodes["size"].isin(levels).to_numpy()
     )
     costs = costs[of_frame].astype(np.float64)
     best = np.nanmin(costs, 1, keepdims=True)
     return nodes[of_frame], np.minimum((costs - best) / best, MOST_REGRET)
 
 # %% ../nbs/23_frames.ipynb #2a6bb50e
-def _trees(picture, frame, luma, reading):
+def _trees(picture, frame, luma, reading, levels):
     "Of each quantiser of a frame: qindex, nodes that become labels, and `_regrets`."
     for qindex, nodes in sorted(picture.nodes.items()):
         if not 0 <= qindex <= 255:
@@ -114,7 +117,7 @@ def _trees(picture, frame, luma, reading):
         if not len(own):
             continue  # this frame has another quantiser
         own = own[is_inside(own, luma.shape[1], luma.shape[0])]
-        seen = _regrets(picture, frame, qindex, luma.shape)
+        seen = _regrets(picture, frame, qindex, luma.shape, levels)
         if reading == "searched":
             if seen is None:
                 raise ValueError(
@@ -134,28 +137,34 @@ def _grid(nodes, values, size, shape, fill):
     return grid.reshape(rows * cols, *values.shape[1:])
 
 
-def _vectors(pictures, side, reading):
+def _vectors(pictures, side, reading, levels):
     "Places, pixels, cells and (where a picture has costs) regrets of all frames, end to end."
-    places, pixels, at = [], [], 0
-    cells, regrets = ({size: [] for size in LEVELS} for _ in range(2))
-    starts, priced = dict.fromkeys(LEVELS, 0), any(getattr(p, "costs", None) for p in pictures)
+    places, pixels, at, kept = [], [], 0, {}
+    cells, regrets = ({size: [] for size in levels} for _ in range(2))
+    starts, priced = dict.fromkeys(levels, 0), any(getattr(p, "costs", None) for p in pictures)
     nothing = pd.DataFrame({"size": [], "row": [], "col": []}, dtype=np.int64), np.zeros((0, 10))
     for picture in pictures:
+        conditions = getattr(picture, "conditions", None)
         for frame, luma in numbered(picture):
-            check_frame(luma, f"frame {frame} of {picture.name}")
-            padded = pad_frame(luma, side)
-            for qindex, own, seen in _trees(picture, frame, luma, reading):
-                where = (*luma.shape, *padded.shape, at, tuple(starts.values()))
+            # encodes of one frame under several conditions share its pixels
+            key = (luma.__array_interface__["data"], luma.shape)
+            if new := key not in kept:
+                check_frame(luma, f"frame {frame} of {picture.name}")
+                kept[key] = at, pad_frame(luma, side, levels[0])
+            start, padded = kept[key]
+            for qindex, own, seen in _trees(picture, frame, luma, reading, levels):
+                where = (*luma.shape, *padded.shape, start, tuple(starts.values()), conditions)
                 places.append(Place(picture.name, frame, qindex, *where))
-                for size in LEVELS:
+                for size in levels:
                     types = own["type"].to_numpy()
                     cells[size].append(_grid(own, types, size, padded.shape, (-1, np.int8)))
                     starts[size] += cells[size][-1].size
                     if priced:
                         known = (*(seen or nothing), size, padded.shape, (np.nan, np.float16))
                         regrets[size].append(_grid(*known))
-            pixels.append(padded.reshape(-1))
-            at += padded.size
+            if new:
+                pixels.append(padded.reshape(-1))
+                at += padded.size
     if not places:
         raise ValueError("There is no picture with a tree.")
     return places, np.concatenate(pixels), cells, regrets if priced else None
@@ -180,13 +189,17 @@ class FrameVectors:
         # "coded": labels are the coded trees; "searched": the types that won in the search of the
         # costs, at every node it visited
         reading: str = "coded",
+        levels: tuple[int, ...] = LEVELS,  # or `LARGE_LEVELS`
     ):
         require_reading(reading)
-        if side % 64 or side < 64:
-            raise ValueError(f"side is {side}; crops are whole 64×64 superblocks.")
+        if side % levels[0] or side < levels[0]:
+            raise ValueError(
+                f"side is {side}; crops are whole {levels[0]}×{levels[0]} superblocks."
+            )
         pictures = list(pictures)
-        self.side, self.names = side, [picture.name for picture in pictures]
-        self.recordings, pixels, cells, regrets = _vectors(pictures, side, reading)
+        self.side, self.levels = side, levels
+        self.names = [picture.name for picture in pictures]
+        self.recordings, pixels, cells, regrets = _vectors(pictures, side, reading, levels)
         self.luma = torch.from_numpy(pixels.view(np.int16)).to(device)
 
         def together(grids):
@@ -201,6 +214,12 @@ class FrameVectors:
         self.types, self.regrets = together(cells), None if regrets is None else together(regrets)
         names = ("qindex", "padded_width", "padded_height", "luma_start", "starts")
         self.qindex, self.width, self.height, self.luma_start, self.starts = map(column, names)
+        # what a network is told of each recording: qindex [recordings], or all conditions
+        # [recordings,5] where pictures have them
+        self.told = self.qindex
+        if any(r.conditions for r in self.recordings):
+            told = [(r.conditions or Conditions(r.qindex)).numbers for r in self.recordings]
+            self.told = torch.tensor(told, device=device)
 
     def __len__(self):
         return len(self.recordings)
@@ -246,8 +265,9 @@ class FrameSet(FrameVectors):
         side: int = 128,  # side of the crops that will be taken, a multiple of 64
         device: torch.device | str = "cpu",  # where the vectors live
         reading: str = "coded",  # of the nodes that become labels, see `FrameVectors`
+        levels: tuple[int, ...] = LEVELS,  # or `LARGE_LEVELS`
     ):
-        super().__init__(pictures, side, device, reading)
+        super().__init__(pictures, side, device, reading, levels)
         self.steps, self.maps = _steps(device), _maps(device)  # every batch needs them
 
     def __repr__(self):
@@ -259,11 +279,12 @@ class FrameSet(FrameVectors):
     def crop(
         self,
         recording: torch.Tensor,  # int64 [B], position in `recordings`
-        row: torch.Tensor,  # int64 [B], top of each crop in pixels, multiples of 64
+        # int64 [B], top of each crop in pixels, multiples of the largest level
+        row: torch.Tensor,
         col: torch.Tensor,  # int64 [B], left of each crop
         symmetry: torch.Tensor,  # int64 [B], position in `SYMMETRIES`
-        # x float32 [B,1,S,S] in [0,1]; types int64 [B, cells], −1 for no node; qindex int64 [B];
-        # with costs also regrets float32 [B, cells, 10], NaN where unknown
+        # x float32 [B,1,S,S] in [0,1]; types int64 [B, cells], −1 for no node; qindex int64 [B], or
+        # conditions [B,5]; with costs also regrets float32 [B, cells, 10], NaN where unknown
     ) -> tuple:
         """Crops of the side S, pixels and trees transformed together.
 
@@ -289,18 +310,18 @@ class FrameSet(FrameVectors):
         x = self.luma[positions(1, self.luma_start[recording], width)][:, None]
         places = [
             positions(size, self.starts[recording, level], width // size)
-            for level, size in enumerate(LEVELS)
+            for level, size in enumerate(self.levels)
         ]
         types = torch.cat(
-            [self.types[size][where].flatten(1) for size, where in zip(LEVELS, places)], 1
+            [self.types[size][where].flatten(1) for size, where in zip(self.levels, places)], 1
         )
         types = torch.gather(self.maps[symmetry], 1, types.long().remainder(11))
-        result = to_float(x, check=False), types, self.qindex[recording]
+        result = to_float(x, check=False), types, self.told[recording]
         if self.regrets is None:
             return result
         before = self.maps[symmetry, :10].argsort(1)  # the type that each became
         regrets = torch.cat(
-            [self.regrets[size][where].flatten(1, 2) for size, where in zip(LEVELS, places)], 1
+            [self.regrets[size][where].flatten(1, 2) for size, where in zip(self.levels, places)], 1
         )
         return *result, torch.gather(
             regrets.float(), 2, before[:, None].expand(-1, regrets.shape[1], -1)
@@ -354,11 +375,12 @@ class CropBatches:
         )
         n, frames = len(self) * self.batch_size, self.frames
         recording = torch.multinomial(self.share, n, True, generator=generator)
+        block = frames.levels[0]
         row, col = (
-            ((size.cpu()[recording] - frames.side) // 64 + 1)
+            ((size.cpu()[recording] - frames.side) // block + 1)
             .mul(torch.rand(n, generator=generator, dtype=torch.float64))
             .long()
-            * 64
+            * block
             for size in (frames.height, frames.width)
         )
         symmetry = (
@@ -420,7 +442,8 @@ class TileBatches:
             x, types, qindex, *regrets = self.frames.crop(
                 *places.unbind(1), torch.zeros(len(places), dtype=torch.int64)
             )
-            for size, cells in cell_slices(self.frames.side, self.frames.side).items():
+            side, levels = self.frames.side, self.frames.levels
+            for size, cells in cell_slices(side, side, levels).items():
                 n = self.frames.side // size
                 old = (torch.arange(n)[None, :, None] * size < skip[:, :1, None]) | (
                     torch.arange(n)[None, None] * size < skip[:, 1:, None]

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from .files import read_tensors, require_fields
 from .backbones import Backbone, JointBackbone, LightBackbone, ResNet18Blocks
-from .partitions import HIERARCHIES, LEVELS, Hierarchy, PartitionType
+from .partitions import HIERARCHIES, Hierarchy, PartitionType
 
 # %% ../nbs/13_heads.ipynb #299c12ae
 def to_probabilities(
@@ -920,7 +920,7 @@ def type_log_probabilities(
 # %% ../nbs/13_heads.ipynb #d88c6d1c
 class JointHead(nn.Module):
     """Features of every level {size: [B,C,h,w]} → logits of every node [B, cells, 13 or 10], levels
-    one after the other as in `partitions.cell_slices`.
+    one after the other, largest first, as in `partitions.cell_slices`.
     """
 
     def __init__(
@@ -935,20 +935,21 @@ class JointHead(nn.Module):
             str(size): nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(n, 10 if flat else 13, 1))
             for size, n in channels.items()
         })
+        self.sizes = tuple(channels)
 
     def forward(
         self,
         features: dict[int, torch.Tensor],  # size → float [B,C,H/size,W/size], of `JointBackbone`
     ) -> torch.Tensor:  # logits [B, cells, 13 or 10], largest size first
         return torch.cat(
-            [self.levels[str(size)](features[size]).flatten(2).transpose(1, 2) for size in LEVELS],
+            [self.levels[str(size)](features[size]).flatten(2).transpose(1, 2) for size in self.sizes],
             1,
         )
 
 # %% ../nbs/13_heads.ipynb #584acfd1
 class JointModel(nn.Module):
-    """All levels of the partition tree of whole frames: luma [B,1,H,W] in [0,1] (multiples of 64)
-    and qindex [B] → logits [B, cells, 13].
+    """All levels of the partition tree of whole frames: luma [B,1,H,W] in [0,1] (multiples of 64,
+    or 128) and qindex [B], or conditions [B,5] → logits [B, cells, 13].
     """
 
     stage, hierarchy, class_names = "tree", "joint", [t.name for t in PartitionType]
@@ -965,7 +966,7 @@ class JointModel(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # float [B,1,H,W] in [0,1], H and W multiples of 64
-        qindex: torch.Tensor,  # [B], 0–255
+        qindex: torch.Tensor,  # [B], 0–255, or conditions [B,5], see `JointBackbone`
     ) -> torch.Tensor:  # logits [B, cells, 13 or 10], see `JointHead`
         return self.head(self.backbone(x, qindex))
 

@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 
 from .datasets import BlockSet, read_block_sets, read_metadata
+from .encoding import Conditions
 from .files import from_root
 from av1nb.frames import (
     CropBatches,
@@ -40,6 +41,7 @@ from .losses import TreeLikelihood
 from .metrics import confusion_statistic, ranked_report
 from av1nb.partitions import (
     JOINT,
+    LARGE_LEVELS,
     LEVELS,
     PartitionType,
     cell_slices,
@@ -104,12 +106,13 @@ def tree_scores(
     logits: torch.Tensor,  # [N, cells, 13 or 10]
     labels: torch.Tensor,  # int64 [N, cells], −1 for no node
     side: int,  # of the crops in pixels
+    levels: tuple[int, ...] = LEVELS,  # or `LARGE_LEVELS`
 ) -> dict:
     """Negative log-likelihood, accuracy and macro-F1 of the ten types at each level (`nll_16`,
     `accuracy_16`, `macro_f1_16`, …), and `nll`, their sum over the levels.
     """
     result = {"nll": 0.0}
-    for size, cells in cell_slices(side, side).items():
+    for size, cells in cell_slices(side, side, levels).items():
         here = labels[:, cells] >= 0
         if not here.any():
             continue
@@ -140,26 +143,28 @@ def train_joint(
     # objective(model, x, types, qindex) → (loss, logits); None: `TreeLikelihood`
     objective: Callable | None = None,
     progress: bool = True,  # show a progress bar
-    **settings,  # of `JointModel`: flat, widths, depths, dropout, qindex, context
+    # of `JointModel`: flat, widths, depths, dropout, qindex, context, conditions, superblock
+    **settings,
 ):
     """`(model with its best weights, History)`.
 
     Files, resuming, errors and training on several processes are those of `training.fit`.
     """
     config = config or joint_config()
-    if train.side != val.side:
+    if (train.side, train.levels) != (val.side, val.levels):
         raise ValueError(
-            f"training crops have a side of {train.side} pixels and validation crops {val.side};"
-            " make both frame sets with one side."
+            f"training crops have a side of {train.side} pixels and the levels {train.levels},"
+            f" validation crops {val.side} and {val.levels}; make both frame sets alike."
         )
+    settings = dict(superblock=max(64, train.levels[0])) | settings
     set_seed(config.seed)
     model = JointModel(**settings).to(memory_format=torch.channels_last)
     history = fit(
         model,
         CropBatches(train, config.batch_size, config.seed, symmetries, *process()),
         TileBatches(val, config.batch_size),
-        objective or TreeLikelihood(),
-        lambda logits, labels: tree_scores(logits, labels, train.side),
+        objective or TreeLikelihood([1.0] * len(train.levels)),
+        lambda logits, labels: tree_scores(logits, labels, train.side, train.levels),
         config,
         out_dir,
         prefix,
@@ -327,6 +332,7 @@ class JointPredictor:
             split_hash,
         )
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()
+        self.levels = LARGE_LEVELS if model.backbone.superblock == 128 else LEVELS
         self._ready, self._places = {}, (None, None, None)
         self._warm = set()  # (width, height, qindex) of frames that were predicted
 
@@ -342,24 +348,29 @@ class JointPredictor:
         model, content = JointModel.load(path or shipped_weights(), split_hash)
         return cls(model, split_hash=content.get("split_hash"), **options)
 
-    def _model(self, qindex):
-        "Backbone and head for one qindex."
-        if qindex not in self._ready:
-            backbone = self.model.backbone.folded(qindex) if self.fold else self.model.backbone
+    def _model(self, told):
+        "Backbone and head for one qindex, or the numbers of one set of conditions."
+        if told not in self._ready:
+            backbone = self.model.backbone.folded(told) if self.fold else self.model.backbone
             head = self.model.head
             if self.fold and self.bf16:
                 backbone = backbone.to(torch.bfloat16)
-            self._ready[qindex] = backbone.to(memory_format=torch.channels_last), head
-        return self._ready[qindex]
+            self._ready[told] = backbone.to(memory_format=torch.channels_last), head
+        return self._ready[told]
 
     def _legal(self, width, height):
         """Legal types bool [10, cells], all of them outside the frame, and what is outside, bool
         [cells]; kept for the next frame of this size.
         """
         if self._places[0] != (width, height):
-            legal = np.concatenate(
-                [legal_grid(size, width, height, self.limits).reshape(-1, 10) for size in LEVELS]
-            ).T
+            block = self.levels[0]
+            rows, cols = (-(-n // block) * block for n in (height, width))
+            grids = []
+            for size in self.levels:
+                grid = legal_grid(size, width, height, self.limits)
+                beyond = rows // size - grid.shape[0], cols // size - grid.shape[1]
+                grids.append(np.pad(grid, ((0, beyond[0]), (0, beyond[1]), (0, 0))))
+            legal = np.concatenate([grid.reshape(-1, 10) for grid in grids]).T
             outside = ~legal.any(0)
             self._places = (width, height), *(
                 torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
@@ -367,49 +378,74 @@ class JointPredictor:
             )
         return self._places[1:]
 
+    def _told(self, qindex, luma):
+        "What the network is told of a frame: its qindex, or the numbers of its conditions."
+        if not isinstance(qindex, Conditions):
+            if not isinstance(qindex, (int, np.integer)) or not 0 <= qindex <= 255:
+                raise ValueError(f"qindex is {qindex!r}; it must be a whole number from 0 to 255.")
+            if not self.model.backbone.conditions:
+                return int(qindex)
+            qindex = Conditions(int(qindex), lines=min(luma.shape))
+        return qindex.numbers if self.model.backbone.conditions else qindex.qindex
+
     def _cells(self, luma, qindex):
         """Logits [cells, 13 or 10] as they leave the network, and their place of every size: slice,
         rows, columns.
         """
-        if not isinstance(qindex, (int, np.integer)) or not 0 <= qindex <= 255:
-            raise ValueError(f"qindex is {qindex!r}; it must be a whole number from 0 to 255.")
         check_frame(luma)
-        backbone, head = self._model(int(qindex))
+        told = self._told(qindex, luma)
+        backbone, head = self._model(told)
         x = (
-            torch.from_numpy(pad_frame(luma).astype(np.float32))
+            torch.from_numpy(pad_frame(luma, block=self.levels[0]).astype(np.float32))
             .to(self.device)
             .div_(1023)[None, None]
         )
-        q = torch.tensor([qindex], device=self.device)
+        q = torch.tensor([told], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out = head(backbone(x, q))[0]
         height, width = x.shape[2:]
         return out, {
             size: (cells, height // size, width // size)
-            for size, cells in cell_slices(height, width).items()
+            for size, cells in cell_slices(height, width, self.levels).items()
         }
+
+    def _cut(self, grids, qindex, shape):
+        """Grids of whole superblocks of 128 cut to those of 64; no nodes of 128 where there are
+        none.
+        """
+        if self.levels == LEVELS:
+            return grids
+        large = isinstance(qindex, Conditions) and qindex.superblock == 128
+        sides = {size: max(size, 64) for size in self.levels if size < 128 or large}
+        counts = {
+            size: [-(-n // side) * side // size for n in shape] for size, side in sides.items()
+        }
+        return {size: grids[size][:rows, :cols] for size, (rows, cols) in counts.items()}
 
     @torch.inference_mode()
     def logits(
         self,
         luma: np.ndarray,  # uint16 [H, W], 10-bit
-        qindex: int,  # 0–255
+        qindex: int | Conditions,  # 0–255, or all that is known of the encode
     ) -> dict:  # size → float32 [rows, columns, 13 or 10] of the padded frame
         "What the network says, before legality."
         out, places = self._cells(luma, qindex)
         out = out.float().cpu()
-        return {
+        grids = {
             size: out[cells].reshape(rows, columns, -1)
             for size, (cells, rows, columns) in places.items()
         }
+        return self._cut(grids, qindex, luma.shape)
 
     @torch.inference_mode()
     def maps(
         self,
         luma: np.ndarray,  # uint16 [H, W], 10-bit; uint8 is scaled by four, with a warning
-        qindex: int,  # 0–255
+        # 0–255, or all that is known of the encode; what is not told is the default of `Conditions`,
+        # the class that of the frame itself
+        qindex: int | Conditions,
         # size → float32 [rows, columns, 10] of the padded frame; a node's probabilities add up to
-        # 1, all are 0 outside the frame
+        # 1, all are 0 outside the frame. Of 128 only for conditions with superblocks of 128
     ) -> dict:
         """Probabilities of the types of every node that could exist.
 
@@ -423,27 +459,28 @@ class JointPredictor:
             )
             luma = luma.astype(np.uint16) << 2
         out, places = self._cells(luma, qindex)
-        self._warm.add((*luma.shape[::-1], int(qindex)))
+        self._warm.add((*luma.shape[::-1], qindex))
         legal, outside = self._legal(*luma.shape[::-1])
         # one plane a logit, all levels in one pass
         planes = out.t().to(torch.float32, memory_format=torch.contiguous_format)
         p = type_log_probabilities(planes, legal, 0).exp_().masked_fill_(outside, 0).cpu()
-        return {
+        grids = {
             size: p[:, cells].t().contiguous().reshape(rows, columns, 10).numpy()
             for size, (cells, rows, columns) in places.items()
         }
+        return self._cut(grids, qindex, luma.shape)
 
     def warm_up(
         self,
         width: int,  # frame width in pixels
         height: int,  # frame height in pixels
-        qindex: int,  # 0–255
+        qindex: int | Conditions,  # 0–255, or all that is known of the encode
     ) -> float:  # CPU seconds over all threads; 0 where this is done already
         """Get ready for frames of a size at a quantiser: fold the network, let PyTorch prepare.
 
         The first frame of a process waits for this, further ones do not.
         """
-        if (width, height, int(qindex)) in self._warm:
+        if (width, height, qindex) in self._warm:
             return 0.0
         started = time.process_time()
         self.maps(np.zeros((height, width), np.uint16), qindex)
@@ -459,8 +496,7 @@ def decode_tree(
 ) -> pd.DataFrame:
     "The greedy tree: the most probable legal type at every node, top-down."
     parts, active = [], None
-    for size in LEVELS:
-        p = maps[size]
+    for size, p in maps.items():
         inside = legal_grid(size, width, height).any(2)
         active = (
             inside
@@ -519,11 +555,11 @@ def tree_table(
         # the tree lists its levels in this order
         places = {
             size: (nodes["row"] // size, nodes["col"] // size)
-            for size in LEVELS
+            for size in maps
             for nodes in [tree[tree["size"] == size]]
         }
         own, kept = (
-            np.concatenate([of[size][places[size]] for size in LEVELS]) for of in (maps, sets)
+            np.concatenate([of[size][places[size]] for size in maps]) for of in (maps, sets)
         )
         order = np.argsort(-own, axis=1, kind="stable")
         tree["set"] = ["|".join(names[o[k[o]]]) for o, k in zip(order, kept)]

@@ -18,7 +18,7 @@ from torch import nn
 
 from .augment import MixedLabels, check_number
 from .heads import type_log_probabilities
-from .partitions import LEVELS, PartitionType, cell_slices, legal_types
+from .partitions import LARGE_LEVELS, LEVELS, PartitionType, cell_slices, legal_types
 
 # %% ../nbs/14_losses.ipynb #cb3bd69e
 def check_labels(
@@ -623,20 +623,22 @@ class TreeLikelihood(nn.Module):
 
     def __init__(
         self,
-        # of the levels 64, 32, 16, 8; not negative
+        # of the levels 64, 32, 16, 8, or of 128 and these; not negative
         weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
         # share of the likelihood that is spread over the legal types, in [0, 1)
         smoothing: float = 0.0,
     ):
         super().__init__()
-        if len(weights) != len(LEVELS) or min(weights) < 0 or sum(weights) == 0:
+        known = {len(levels): levels for levels in (LEVELS, LARGE_LEVELS)}
+        if len(weights) not in known or min(weights) < 0 or sum(weights) == 0:
             raise ValueError(
-                f"weights are {weights}; they must be {len(LEVELS)} numbers, none negative, not"
-                " all 0."
+                f"weights are {weights}; they must be {len(LEVELS)} numbers ({len(LARGE_LEVELS)}"
+                " with the level 128), none negative, not all 0."
             )
         check_number("smoothing", smoothing, 0, 1)
-        self.weights, self.smoothing = dict(zip(LEVELS, weights)), smoothing
-        for size in LEVELS:
+        self.levels = known[len(weights)]
+        self.weights, self.smoothing = dict(zip(self.levels, weights)), smoothing
+        for size in self.levels:
             self.register_buffer(
                 f"legal{size}", torch.tensor([t in legal_types(size) for t in PartitionType])
             )
@@ -664,7 +666,7 @@ class TreeLikelihood(nn.Module):
                 f"{tuple(target.shape)} labels do not fit {tuple(logits.shape[:2])} nodes."
             )
         total = logits.new_zeros((), dtype=torch.float32)
-        for size, cells in cell_slices(height, width).items():
+        for size, cells in cell_slices(height, width, self.levels).items():
             labels = target[:, cells]
             here = labels >= 0
             legal = getattr(self, f"legal{size}")
@@ -685,7 +687,7 @@ class RegretLikelihood(TreeLikelihood):
 
     def __init__(
         self,
-        # of the levels 64, 32, 16, 8; not negative
+        # of the levels 64, 32, 16, 8, or of 128 and these; not negative
         weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
         smoothing: float = 0.0,  # of the likelihood, see `TreeLikelihood`
         likelihood: float = 1.0,  # weight of the likelihood of the coded tree, at least 0
@@ -732,7 +734,7 @@ class RegretLikelihood(TreeLikelihood):
                 f"{tuple(regrets.shape)} regrets do not fit {tuple(logits.shape[:2])} nodes."
             )
         total = logits.new_zeros((), dtype=torch.float32)
-        for size, cells in cell_slices(height, width).items():
+        for size, cells in cell_slices(height, width, self.levels).items():
             legal = getattr(self, f"legal{size}")
             values = regrets[:, cells][..., legal]
             here = values.isfinite().any(2)

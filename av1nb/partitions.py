@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BLOCK_WIDTH', 'BLOCK_HEIGHT', 'SQUARE_CODE', 'SIZES', 'MI', 'SYMMETRIES', 'UNCOVERED_POLICIES', 'V6', 'V5', 'FLAT',
-           'FLAT7', 'HIERARCHIES', 'LEVELS', 'JOINT', 'PartitionType', 'legal_types', 'children', 'apply_symmetry',
-           'compose', 'inverse', 'label_map', 'leaves', 'mi_shape', 'random_tree', 'mi_arrays', 'coded_nodes',
-           'is_inside', 'transform_nodes', 'Stage', 'Hierarchy', 'legal_grid', 'cell_slices', 'encoder_limits',
-           'smallest_sets']
+           'FLAT7', 'HIERARCHIES', 'LEVELS', 'LARGE_LEVELS', 'JOINT', 'PartitionType', 'legal_types', 'children',
+           'apply_symmetry', 'compose', 'inverse', 'label_map', 'leaves', 'mi_shape', 'random_tree', 'mi_arrays',
+           'coded_nodes', 'is_inside', 'transform_nodes', 'Stage', 'Hierarchy', 'legal_grid', 'cell_slices',
+           'encoder_limits', 'smallest_sets']
 
 # %% ../nbs/01_partitions.ipynb #db9c7123
 from collections.abc import Iterable, Mapping
@@ -788,6 +788,7 @@ HIERARCHIES = {hierarchy.name: hierarchy for hierarchy in (V6, V5, FLAT, FLAT7)}
 
 # %% ../nbs/01_partitions.ipynb #209a7ef1
 LEVELS = (64, 32, 16, 8)  # sides of the nodes of a 64×64 superblock, largest first
+LARGE_LEVELS = (128, *LEVELS)  # of a 128×128 superblock
 
 
 def legal_grid(
@@ -831,16 +832,18 @@ def legal_grid(
 
 
 def cell_slices(
-    height: int,  # rows of pixels, a multiple of 64
-    width: int,  # columns of pixels, a multiple of 64
+    height: int,  # rows of pixels, a multiple of the largest level
+    width: int,  # columns of pixels, a multiple of the largest level
+    levels: tuple[int, ...] = LEVELS,  # or `LARGE_LEVELS`
     # size -> its part of a vector that holds the grids of all levels one after the other, each row
     # by row
 ) -> dict[int, slice]:
-    "Where each level stands in a flattened tree: 85 cells a superblock."
-    if height % 64 or width % 64 or not height or not width:
-        raise ValueError(f"{width}×{height} pixels are no whole 64×64 superblocks.")
-    counts = [(height // size) * (width // size) for size in LEVELS]
-    return {size: slice(sum(counts[:i]), sum(counts[: i + 1])) for i, size in enumerate(LEVELS)}
+    "Where each level stands in a flattened tree: 85 cells a superblock of 64×64, 341 one of 128×128."
+    side = levels[0]
+    if height % side or width % side or not height or not width:
+        raise ValueError(f"{width}×{height} pixels are no whole {side}×{side} superblocks.")
+    counts = [(height // size) * (width // size) for size in levels]
+    return {size: slice(sum(counts[:i]), sum(counts[: i + 1])) for i, size in enumerate(levels)}
 
 # %% ../nbs/01_partitions.ipynb #5e1f0a02
 _SQUARE_ONLY = {  # preset -> (smaller side from, largest side of nodes that have halves), in pixels
