@@ -695,13 +695,13 @@ def soft_log(
         return torch.asinh(x)
     return x.square().add_(1).sqrt_().add_(x.abs()).log_().copysign_(x)
 
-# %% ../nbs/12_backbones.ipynb #1689b2f5
+# %% ../nbs/12_backbones.ipynb #c0d171b0
 # preset, mode, superblock and class where only the qindex is told: all intra, preset 1, 64×64,
 # 1080 lines, the defaults of `encoding.Conditions`
 DEFAULT_CONDITIONS = (1, 0, 0, 3)
 _TOLD = 14 + 1 + 5  # presets of two modes, superblock, classes of size
 
-
+# %% ../nbs/12_backbones.ipynb #1689b2f5
 class JointLayers(nn.Module):
     "Layers of the joint network and what they were built with; `JointBackbone` uses them."
 
@@ -769,12 +769,6 @@ class JointLayers(nn.Module):
         "Size of the nodes → channels of their features."
         w8, w16, w32 = self.widths[1:]
         return ({128: w32} if self.superblock == 128 else {}) | {64: w32, 32: w32, 16: w16, 8: w8}
-
-    def settings(self) -> dict:
-        "What this backbone was built with, in plain values."
-        names = ("widths", "depths", "dropout", "qindex", "context", "conditions", "superblock")
-        values = (getattr(self, name) for name in names)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in zip(names, values)}
 
 # %% ../nbs/12_backbones.ipynb #5d653acf
 class JointInputs(JointLayers):
@@ -908,6 +902,12 @@ class JointBackbone(JointInputs):
         f16 = self.merge16(f16 + _double(self.up16(f32)), condition)
         f8 = self.merge8(f8 + _double(self.up8(f16)), condition)
         return large | {64: f64, 32: f32, 16: f16, 8: f8}
+
+    def settings(self) -> dict:
+        "What this backbone was built with, in plain values."
+        names = ("widths", "depths", "dropout", "qindex", "context", "conditions", "superblock")
+        values = (getattr(self, name) for name in names)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in zip(names, values)}
 
     @torch.no_grad()
     def folded(

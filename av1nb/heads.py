@@ -942,7 +942,10 @@ class JointHead(nn.Module):
         features: dict[int, torch.Tensor],  # size → float [B,C,H/size,W/size], of `JointBackbone`
     ) -> torch.Tensor:  # logits [B, cells, 13 or 10], largest size first
         return torch.cat(
-            [self.levels[str(size)](features[size]).flatten(2).transpose(1, 2) for size in self.sizes],
+            [
+                self.levels[str(size)](features[size]).flatten(2).transpose(1, 2)
+                for size in self.sizes
+            ],
             1,
         )
 

@@ -441,7 +441,8 @@ class JointPredictor:
     def maps(
         self,
         luma: np.ndarray,  # uint16 [H, W], 10-bit; uint8 is scaled by four, with a warning
-        # 0–255, or all that is known of the encode; what is not told is the default of `Conditions`,
+        # 0–255, or all that is known of the encode; what is not told is the default of
+        # `Conditions`,
         # the class that of the frame itself
         qindex: int | Conditions,
         # size → float32 [rows, columns, 10] of the padded frame; a node's probabilities add up to

@@ -6,13 +6,14 @@
 __all__ = ['MATERIALS', 'FRAME_SIZES', 'PRESETS', 'LEVELS_OF_QUALITY', 'photon_noise', 'noise_level', 'darker', 'recode',
            'screen', 'title', 'between_bars', 'faded', 'PictureSource', 'FramePlan', 'split_of', 'draw_encodes',
            'plan_frames', 'make_frame', 'MaterialError', 'frame_tree', 'repeats_of', 'build_material', 'MaterialFrame',
-           'load_material', 'material_table']
+           'load_material', 'material_table', 'material_counts', 'material_card']
 
-# %% ../nbs/22_material.ipynb #1e16b658
+# %% ../nbs/22_material.ipynb #e98ef083
 import io
+import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from av1nb.files import (
     sha256_of_file,
 )
 from .jobs import run_jobs
-from .partitions import mi_arrays
+from .partitions import LARGE_LEVELS, mi_arrays
 from .pictures import Decoded, decode_pictures, narrow_planes, reduced_planes
 from .streams import read_trees
 
@@ -41,7 +42,9 @@ MATERIALS = {
     "reduced": "photographs, reduced by 1.5 or more",
     "camera": "frames of films from a camera, reduced by 1.5 or more",
     "rendered": "frames of rendered or drawn films, reduced by 1.5 or more",
-    "dark": "photographs and film frames in 1/8 to 1/40 of their light, with the noise of that light",
+    "dark": (
+        "photographs and film frames in 1/8 to 1/40 of their light, with the noise of that light"
+    ),
     "empty": "titles, pictures between wide bars, fades",
     "screen": "text and windows as a screen shows them",
     "recoded": "photographs and film frames decoded from JPEG, H.264, HEVC or AV1",
@@ -184,7 +187,7 @@ def recode(
         raise ValueError(f"codec is {codec!r}; known are jpeg, h264, hevc and av1.")
     return tuple(_through_film(planes, codec, quality))
 
-# %% ../nbs/22_material.ipynb #b3e1f656
+# %% ../nbs/22_material.ipynb #e5313961
 _FONTS = ("DejaVuSans.ttf", "DejaVuSansMono.ttf", "DejaVuSerif.ttf", "DejaVuSans-Bold.ttf")
 
 
@@ -210,7 +213,7 @@ def _as_planes(picture):
     parts = tuple(np.ascontiguousarray(band) for band in np.moveaxis(np.asarray(picture), 2, 0))
     return narrow_planes(Decoded(parts, 8, True, True))
 
-
+# %% ../nbs/22_material.ipynb #35cdf11c
 def screen(
     width: int,  # pixels, even
     height: int,  # pixels, even
@@ -262,7 +265,7 @@ def title(
         draw.text((across, height * 0.4 + 1.4 * size * number), words, (tone,) * 3, font=font)
     return _as_planes(picture)
 
-
+# %% ../nbs/22_material.ipynb #f2adadbe
 def between_bars(
     planes: Sequence[np.ndarray],  # (Y, U, V), uint16, 10 bits
     share: float,  # of the height that the picture keeps, above 0, at most 1
@@ -404,7 +407,46 @@ def _draw_steps(material, kind, shape, rng):
         return reduce, (step,)
     return reduce, ()
 
-# %% ../nbs/22_material.ipynb #f3b3c6d0
+# %% ../nbs/22_material.ipynb #ea9ea588
+def _generator(seed, name):
+    return np.random.default_rng([seed, int(sha256(name.encode())[:8], 16)])
+
+
+def _frames_of(source, encodes, amount, seed):
+    "Plans of the frames that are made of one source."
+    small = source.kind == "photograph" and min(source.shape) < _NATIVE_LINES
+    split = source.split or split_of(source.name)
+    for material, share in _SHARES["small" if small else source.kind].items():
+        first = f"{material}_{source.name}_{source.frame}"
+        rng = _generator(seed, first)
+        for number in range(int(share * amount + rng.random())):
+            reduction, steps = _draw_steps(material, source.kind, source.shape, rng)
+            size = _draw_size(source.shape, reduction, rng)
+            yield FramePlan(
+                name=f"{first}_{number}",
+                group=source.name,
+                split=split,
+                material=material,
+                size=size,
+                steps=(("window", (reduction,)), *steps),
+                encodes=draw_encodes(1 if split == "test" else encodes, rng),
+                seed=int(rng.integers(2**31)),
+                file=source.file,
+                frame=source.frame,
+            )
+
+
+def _drawing(number, material, step, encodes, seed):
+    "Plan of one frame that is drawn."
+    group = f"{step}{number:03d}"
+    rng = _generator(seed, group)
+    size = FRAME_SIZES[int(rng.choice(len(FRAME_SIZES), p=_CLASS_SHARES))]
+    split = split_of(group)
+    drawn = draw_encodes(1 if split == "test" else encodes, rng)
+    own = int(rng.integers(2**31))
+    return FramePlan(group, group, split, material, size, ((step, ()),), drawn, own)
+
+# %% ../nbs/22_material.ipynb #f1b776d3
 def plan_frames(
     sources: Iterable[PictureSource],  # photographs and frames of films
     drawings: int = 40,  # screens, and as many titles
@@ -423,59 +465,22 @@ def plan_frames(
                 f"{source.file} is of the kind {source.kind!r} and in the split {source.split!r};"
                 f" kinds are {', '.join(_SHARES)}, splits {', '.join(_SPLITS)} or none."
             )
-        small = source.kind == "photograph" and min(source.shape) < _NATIVE_LINES
-        split = source.split or split_of(source.name)
-        for material, share in _SHARES["small" if small else source.kind].items():
-            first = f"{material}_{source.name}_{source.frame}"
-            rng = np.random.default_rng([seed, int(sha256(first.encode())[:8], 16)])
-            for number in range(int(share * amount + rng.random())):
-                reduction, steps = _draw_steps(material, source.kind, source.shape, rng)
-                size = _draw_size(source.shape, reduction, rng)
-                taken = ("window", (reduction,))
-                plans.append(
-                    FramePlan(
-                        f"{first}_{number}",
-                        source.name,
-                        split,
-                        material,
-                        size,
-                        (taken, *steps),
-                        draw_encodes(1 if split == "test" else encodes, rng),
-                        int(rng.integers(2**31)),
-                        source.file,
-                        source.frame,
-                    )
-                )
+        plans += _frames_of(source, encodes, amount, seed)
     for number in range(drawings):
         for material, step in (("screen", "screen"), ("empty", "title")):
-            group = f"{step}{number:03d}"
-            rng = np.random.default_rng([seed, int(sha256(group.encode())[:8], 16)])
-            size = FRAME_SIZES[int(rng.choice(len(FRAME_SIZES), p=_CLASS_SHARES))]
-            drawn = draw_encodes(1 if split_of(group) == "test" else encodes, rng)
-            plans.append(
-                FramePlan(
-                    group,
-                    group,
-                    split_of(group),
-                    material,
-                    size,
-                    ((step, ()),),
-                    drawn,
-                    int(rng.integers(2**31)),
-                )
-            )
+            plans.append(_drawing(number, material, step, encodes, seed))
     return sorted(plans, key=lambda plan: sha256(plan.name.encode()))
 
 # %% ../nbs/22_material.ipynb #b5e4f70b
 def _window(planes, size, rng):
     "A part of planes, anywhere, at even places."
     (width, height), (rows, cols) = size, planes[0].shape
-    row, col = (2 * int(rng.integers((have - want) // 2 + 1)) for have, want in
-                ((rows, height), (cols, width)))
+    row, col = (
+        2 * int(rng.integers((have - want) // 2 + 1))
+        for have, want in ((rows, height), (cols, width))
+    )
     return tuple(
-        np.ascontiguousarray(
-            plane[row // k : (row + height) // k, col // k : (col + width) // k]
-        )
+        np.ascontiguousarray(plane[row // k : (row + height) // k, col // k : (col + width) // k])
         for plane, k in zip(planes, (1, 2, 2))
     )
 
@@ -572,7 +577,7 @@ def repeats_of(
     other = cpu_used + (1 if cpu_used < top else -1)
     return dict(level=own | dict(qindex=qindex_of(level + step)), preset=own | dict(cpu_used=other))
 
-# %% ../nbs/22_material.ipynb #a378627e
+# %% ../nbs/22_material.ipynb #06e74fc1
 _FORMAT = "av1nb material 1"
 
 
@@ -587,9 +592,9 @@ def _build_frame(plan, folder, out):
             continue
         own = {key: asked[key] for key in ("mode", "cpu_used", "qindex")}
         for what, other in repeats_of(**own).items():
-            arrays[f"{what}{number}"] = frame_tree(
-                planes, **other, superblock=asked["superblock"]
-            )[0]
+            arrays[f"{what}{number}"] = frame_tree(planes, **other, superblock=asked["superblock"])[
+                0
+            ]
     with atomic_file(out / f"{plan.name}.npz") as temporary:
         with open(temporary, "wb") as file:
             np.savez_compressed(file, **arrays)
@@ -610,8 +615,6 @@ def _finished(plan, out):
 
 def _as_stored(plan):
     "A plan as JSON gives it back."
-    import json
-
     return json.loads(json.dumps(asdict(plan)))
 
 
@@ -636,7 +639,7 @@ def build_material(
     for _ in run_jobs(tasks, "frames", jobs=jobs, scheduler=scheduler, writes=[out]):
         pass
 
-# %% ../nbs/22_material.ipynb #498b31ea
+# %% ../nbs/22_material.ipynb #17a1e1ae
 @dataclass(eq=False)
 class MaterialFrame:
     "One encode of one frame: pixels, tree and conditions."
@@ -672,7 +675,7 @@ def _entries(folder):
         raise MaterialError(f"{folder} holds no frames; build them with the stage build_material.")
     return entries
 
-
+# %% ../nbs/22_material.ipynb #9e203074
 def load_material(
     folder: str | os.PathLike,  # of a set
     splits: Sequence[str] = _SPLITS,  # wanted
@@ -713,7 +716,7 @@ def load_material(
             )
     return found
 
-
+# %% ../nbs/22_material.ipynb #90957df8
 def material_table(
     folder: str | os.PathLike,  # of a set
 ) -> pd.DataFrame:  # one row an encode
@@ -726,9 +729,60 @@ def material_table(
         with np.load(Path(folder) / f"{plan['name']}.npz") as stored:
             for number, told in enumerate(entry["encodes"]):
                 sizes = stored[f"nodes{number}"][:, 0]
-                counts = {f"nodes_{size}": int((sizes == size).sum()) for size in (128, 64, 32, 16, 8)}
+                counts = {f"nodes_{size}": int((sizes == size).sum()) for size in LARGE_LEVELS}
                 own = {key: plan[key] for key in ("name", "group", "split", "material", "file")}
                 width, height = plan["size"]
                 own |= dict(width=width, height=height, noise=entry["noise"])
                 rows.append(own | told | counts)
     return pd.DataFrame(rows)
+
+# %% ../nbs/22_material.ipynb #c65addc2
+def material_counts(
+    folder: str | os.PathLike,  # of a set
+) -> pd.DataFrame:  # indexed by material and split; frames, encodes, groups, nodes of each size
+    "How much there is of each material in each split."
+    table = material_table(folder)
+    sizes = [f"nodes_{size}" for size in LARGE_LEVELS]
+    grouped = table.groupby(["material", "split"])
+    counts = grouped[sizes].sum()
+    counts.insert(0, "encodes", grouped.size())
+    counts.insert(0, "frames", grouped["name"].nunique())
+    counts.insert(0, "groups", grouped["group"].nunique())
+    return counts
+
+
+def material_card(
+    folder: str | os.PathLike,  # of a set
+    about: pd.DataFrame,  # of the sources: group, author, licence, package, sha256
+) -> str:  # Markdown
+    "What a set is made of, in numbers, and where each source comes from."
+    table = material_table(folder)
+    presets = table.groupby(["mode", "cpu_used"])["nodes_16"].agg(["size", "sum"]).reset_index()
+    presets.columns = ["mode", "preset", "encodes", "coded nodes of 16×16"]
+    bands = pd.cut(table["qindex"], (0, 60, 100, 140, 180, 220, 255))
+    quantisers = table.groupby(bands, observed=True)["nodes_16"].sum().reset_index()
+    quantisers["qindex"] = quantisers["qindex"].astype(str)
+    sides = table.groupby(["superblock", "height"])["name"].size().rename("encodes").reset_index()
+    kinds = "\n".join(f"- **{name}**: {what}" for name, what in MATERIALS.items())
+    return (
+        "\n\n".join([
+            "# Card of the material",
+            (
+                f"{table['name'].nunique()} whole frames, {len(table)} encodes,"
+                f" {table.nodes_16.sum():,} coded nodes of 16×16. Frames whose own files end with"
+                " it carry the plan that made them."
+            ),
+            kinds,
+            "## By material and split",
+            markdown_table(material_counts(folder).reset_index()),
+            "## By preset",
+            markdown_table(presets),
+            "## By qindex",
+            markdown_table(quantisers),
+            "## By superblock and height",
+            markdown_table(sides),
+            "## Sources",
+            markdown_table(about),
+        ])
+        + "\n"
+    )

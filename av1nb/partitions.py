@@ -838,7 +838,9 @@ def cell_slices(
     # size -> its part of a vector that holds the grids of all levels one after the other, each row
     # by row
 ) -> dict[int, slice]:
-    "Where each level stands in a flattened tree: 85 cells a superblock of 64×64, 341 one of 128×128."
+    """Where each level stands in a flattened tree: 85 cells a superblock of 64×64, 341 one of
+    128×128.
+    """
     side = levels[0]
     if height % side or width % side or not height or not width:
         raise ValueError(f"{width}×{height} pixels are no whole {side}×{side} superblocks.")
