@@ -774,6 +774,12 @@ class JointLayers(nn.Module):
 class JointInputs(JointLayers):
     "The joint network up to its first layer: quantiser and pixels as it sees them."
 
+    def settings(self) -> dict:
+        "What this backbone was built with, in plain values."
+        names = ("widths", "depths", "dropout", "qindex", "context", "conditions", "superblock")
+        values = (getattr(self, name) for name in names)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in zip(names, values)}
+
     def scaled(
         self,
         told: torch.Tensor,  # [B] qindex, 0–255, or [B,5] as in `JointBackbone`
@@ -902,12 +908,6 @@ class JointBackbone(JointInputs):
         f16 = self.merge16(f16 + _double(self.up16(f32)), condition)
         f8 = self.merge8(f8 + _double(self.up8(f16)), condition)
         return large | {64: f64, 32: f32, 16: f16, 8: f8}
-
-    def settings(self) -> dict:
-        "What this backbone was built with, in plain values."
-        names = ("widths", "depths", "dropout", "qindex", "context", "conditions", "superblock")
-        values = (getattr(self, name) for name in names)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in zip(names, values)}
 
     @torch.no_grad()
     def folded(
