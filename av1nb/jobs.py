@@ -14,7 +14,9 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from joblib import Parallel, delayed
@@ -180,7 +182,7 @@ def _cluster(address) -> Iterator:
         except TimeoutError as error:
             raise JobError(
                 f"The scheduler {address} has no worker after {_WORKERS} s: start one on each"
-                f" machine with dask worker {address} --nworkers -1 --nthreads 1."
+                f" machine with dask worker {address} --nworkers auto --nthreads 1."
             ) from error
         yield client
 
@@ -280,48 +282,63 @@ def _on_this_machine(tasks, run, jobs) -> Iterator:
         ) from error
 
 
-def _on_worker(expected, places, *task):
+def _on_worker(common, name, task):
     "One job, on a worker that may do it."
+    run, expected, places = common
     if fault := _fault(expected, places):
         raise JobError(fault)
-    return _named(*task)
+    return _named(run, name, *task)
 
-# %% ../nbs/20_jobs.ipynb #360a131a
-def _result_of(future, name):
-    "What a job that has ended gave."
+# %% ../nbs/20_jobs.ipynb #61029bbc
+_GONE = (
+    "The scheduler went away before all jobs were done: start it and run again; what is finished is"
+    " kept."
+)
+
+
+def _ended_badly(future, name) -> JobError:
+    "Why a job gave no result."
     from distributed import KilledWorker
 
-    if future.status in ("cancelled", "lost"):
-        raise JobError(
-            "The scheduler went away before all jobs were done: start it and run again; what is"
-            " finished is kept."
-        )
-    try:
-        return future.result()
-    except KilledWorker as error:
-        raise JobError(
-            f"{name}: {error.allowed_failures + 1} workers died while they did it, perhaps for lack"
-            f" of memory, the last one at {error.last_worker.address}."
-        ) from error
+    if future.status != "error":  # cancelled or lost
+        return JobError(_GONE)
+    if not isinstance(error := future.exception(), KilledWorker):
+        return error
+    return JobError(
+        f"{name}: {error.allowed_failures + 1} workers died while they did it, perhaps for lack of"
+        f" memory, the last one at {error.last_worker.address}."
+    )
+
+
+def _results(client, futures, names) -> Iterator:
+    "What futures give, as they end, many at a time where they end together."
+    from distributed import as_completed
+
+    for batch in as_completed(futures, loop=client.loop).batches():
+        finished = [future for future in batch if future.status == "finished"]
+        try:
+            results = client.gather(finished) if finished else []
+        except (OSError, CancelledError) as error:
+            raise JobError(_GONE) from error
+        yield from results
+        for future in batch:
+            if future.status != "finished":
+                raise _ended_badly(future, names[future.key])
+            future.release()
 
 
 def _on_cluster(tasks, run, address, same, writes, reads) -> Iterator:
     "The same, by the workers of a cluster."
-    from distributed import as_completed
-
     expected = {name: (question, _answer(question)) for name, question in same.items()}
     with _cluster(address) as client, _probes(writes) as probes:
         places = [*probes, *((str(Path(p).absolute()), str(p)) for p in reads)]
         _require_fit(client, expected, places)
-        names = {f"{name} ({run})": name for name in tasks}
-        futures = [
-            client.submit(_on_worker, expected, places, run, name, *tasks[name], key=key)
-            for key, name in names.items()
-        ]
+        names, common = {f"{name} ({run})": name for name in tasks}, (run, expected, places)
+        futures = client.map(
+            partial(_on_worker, common), list(tasks), list(tasks.values()), key=list(names)
+        )
         try:
-            for future in as_completed(futures, loop=client.loop):
-                yield _result_of(future, names[future.key])
-                future.release()
+            yield from _results(client, futures, names)
         finally:
             client.cancel([future for future in futures if not future.done()], force=True)
 
@@ -343,6 +360,7 @@ def run_jobs(
     # folders that exist and that jobs write to: all workers must see them
     writes: Sequence[str | os.PathLike] = (),
     reads: Sequence[str | os.PathLike] = (),  # files or folders that jobs read: the same
+    progress: bool = True,  # show the bar
 ) -> Iterator[tuple]:  # (name, result) of each job, in the order in which they end
     """Do independent jobs, on this machine or on a cluster, with a progress bar.
 
@@ -362,4 +380,4 @@ def run_jobs(
         ended = _on_cluster(tasks, run, address, SAME | dict(same), writes, reads)
     else:
         ended = _on_this_machine(tasks, run, jobs)
-    yield from tqdm(ended, total=len(tasks), desc=what, mininterval=5)
+    yield from tqdm(ended, total=len(tasks), desc=what, mininterval=5, disable=not progress)

@@ -170,7 +170,7 @@ def test_a_scheduler_that_goes_away_is_one_sentence():
     address = f"tcp://127.0.0.1:{free_port()}"
     commands = (
         ["dask_scheduler", "--host", "127.0.0.1", "--port", address.rpartition(":")[2]],
-        ["dask_worker", address, "--nthreads", "1", "--death-timeout", "1"],
+        ["dask_worker", address, "--nthreads", "1"],
     )
     processes = [
         subprocess.Popen(
