@@ -25,6 +25,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "cluster": cfg["cluster_requirements"].split(),
+        "explore": cfg["explore_requirements"].split(),
         "dev": cfg["dev_requirements"].split(),
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},

@@ -112,7 +112,7 @@ def test_lock_covers_what_settings_ask_for():
     locked = {
         line.split("==")[0].lower() for line in (ROOT / "requirements.lock").read_text().split()
     }
-    lists = ("requirements", "dev_requirements", "cluster_requirements")
+    lists = ("requirements", "dev_requirements", "cluster_requirements", "explore_requirements")
     wanted = " ".join(settings["DEFAULT"][name] for name in lists).split()
     assert {re.split(r"[<>=]", w)[0].lower() for w in wanted} <= locked
 
