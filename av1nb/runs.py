@@ -179,9 +179,15 @@ NOTEBOOKS = (
         shown="runs/joint",
     ),
     StageNotebook(
+        "build_material",
+        "whole frames of nine kinds of material, with the trees of every preset",
+        writes=("out", "cache"),
+        shown="runs/joint",
+    ),
+    StageNotebook(
         "build_joint",
         "the weights that ship, and their card",
-        reads=(("corpus", "build_corpus"), ("keep", "001_prepare_dataset")),
+        reads=(("folder", "build_material"),),
         writes=("out",),
         shown="runs/joint",
     ),
