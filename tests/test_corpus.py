@@ -10,14 +10,13 @@ import time
 from pathlib import Path
 
 import av
-import nbformat
 import numpy as np
 import papermill
 import pandas as pd
 import pytest
 from PIL import Image
 
-from av1nb import corpus
+from av1nb import corpus, material
 from av1nb.recordings import find_recording
 from av1nb.pictures import planes_from_rgb, planes_from_ycbcr
 from av1nb.sample import load_sample, sha256, write_sample_raw
@@ -340,18 +339,13 @@ def test_the_stage_on_a_folder(folder, tmp_path):
     assert "one" in (tmp_path / "corpus/CARD.md").read_text()
 
 
-def test_without_apt_the_stage_says_what_to_do(tmp_path, monkeypatch):
-    cells = [cell.source for cell in nbformat.read(STAGE, 4).cells if cell.cell_type == "code"]
-    there = {"cache": tmp_path}
-    for source in cells:
-        if source.startswith(("import io", "listed =", "rows =", "def find_package")):
-            exec(source, there)
+def test_without_apt_a_source_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    known = material.free_sources()
+    source = known[known["package"] == "debian:mate-backgrounds=1.26.0-1"].iloc[0]
     with pytest.raises(
-        RuntimeError,
-        match=(
-            "mate-backgrounds=.* is needed, and apt-get or dpkg-deb is not on this machine.*by hand"
-        ),
+        material.MaterialError,
+        match="of debian:mate-backgrounds=.* cannot be had: apt-get is not on this machine. Put",
     ):
-        there["take_out"]("mate-backgrounds=1.26.0-1")
-    assert not list(tmp_path.iterdir())
+        material.fetch_source(source, tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
