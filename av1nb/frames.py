@@ -341,6 +341,9 @@ class CropBatches:
         symmetries: bool = True,  # False: crops as they are, for comparison
         rank: int = 0,  # number of this process among `world`
         world: int = 1,  # processes that share each batch; divides `batch_size`
+        # recordings are drawn in proportion to this power of their superblocks: 1, each superblock
+        # as often as any other; 0.5, small frames more often than their share
+        power: float = 1.0,
     ):
         if batch_size < 1 or batch_size % world:
             raise ValueError(
@@ -349,7 +352,8 @@ class CropBatches:
             )
         self.frames, self.batch_size, self.seed, self.epoch = frames, batch_size, seed, 1
         self.symmetries, self.rank, self.world = symmetries, rank, world
-        self.share = frames.superblocks.double() / frames.superblocks.sum()
+        self.share = frames.superblocks.double().pow(power)
+        self.share /= self.share.sum()
 
     def set_epoch(
         self,

@@ -145,6 +145,7 @@ def train_joint(
     # objective(model, x, types, qindex) → (loss, logits); None: `TreeLikelihood`
     objective: Callable | None = None,
     progress: bool = True,  # show a progress bar
+    power: float = 1.0,  # of the superblocks of a recording, see `CropBatches`
     # of `JointModel`: flat, widths, depths, dropout, qindex, context, conditions, superblock
     **settings,
 ):
@@ -163,7 +164,7 @@ def train_joint(
     model = JointModel(**settings).to(memory_format=torch.channels_last)
     history = fit(
         model,
-        CropBatches(train, config.batch_size, config.seed, symmetries, *process()),
+        CropBatches(train, config.batch_size, config.seed, symmetries, *process(), power),
         TileBatches(val, config.batch_size),
         objective or TreeLikelihood([1.0] * len(train.levels)),
         lambda logits, labels: tree_scores(logits, labels, train.side, train.levels),
@@ -174,6 +175,7 @@ def train_joint(
             "size": "whole frames",
             "side": train.side,
             "symmetries": symmetries,
+            "power": power,
             "train": repr(train),
             **provenance,
         },
@@ -198,6 +200,7 @@ class JointRecipe:
     symmetries: bool = True  # the eight symmetries of the square; False: frames as they are
     qindex: bool = True  # False: the network is not told the quantiser
     conditions: bool = False  # True: it is told mode, preset, superblock and class, too
+    power: float = 1.0  # below 1 small frames are seen more often than their share of superblocks
     context: bool = True  # False: every superblock is looked at by itself
     flat: bool = False  # True: one softmax over ten types instead of the hierarchy
     # channels at 1/4, 1/8, 1/16, and at 1/32 and 1/64 of the resolution
@@ -287,12 +290,13 @@ def train_run(
         recipe.symmetries,
         objective or TreeLikelihood(levels),
         progress,
+        recipe.power,
         **_network_settings(recipe),
     )
 
 # %% ../nbs/24_joint.ipynb #c0d171c1
 # the recipe of the shipped network: told all conditions, with the level 128
-MATERIAL = dict(epochs=4, conditions=True, level_weights=(1.0,) * 5)
+MATERIAL = dict(epochs=4, conditions=True, level_weights=(1.0,) * 5, power=0.5)
 
 
 def train_material(
@@ -333,6 +337,7 @@ def train_material(
         recipe.symmetries,
         TreeLikelihood(weights),
         progress,
+        recipe.power,
         **_network_settings(recipe),
     )
 
