@@ -610,7 +610,7 @@ TYPE_NAMES = [ptype.name for ptype in PartitionType]
 def tree_table(
     predictor: JointPredictor,  # the network at work
     luma: np.ndarray,  # uint16 [frames, H, W], 10-bit
-    qindex: int,  # 0–255
+    qindex: int | Conditions,  # 0–255, or all that is known of the encode
     confidence: float = 0.9,  # probability that the set of types of a node must reach, in (0, 1]
     # frame, size, row, col, type, probability, set (types that reach the confidence, most probable
     # first, joined by |), and the probability of each type
@@ -619,7 +619,8 @@ def tree_table(
     names, tables = np.array(TYPE_NAMES), []
     for number, frame in enumerate(luma):
         maps = predictor.maps(frame, qindex)
-        tree = decode_tree(maps, frame.shape[1], frame.shape[0], qindex)
+        number_told = qindex.qindex if isinstance(qindex, Conditions) else qindex
+        tree = decode_tree(maps, frame.shape[1], frame.shape[0], number_told)
         sets = type_sets(maps, confidence)
         # the tree lists its levels in this order
         places = {
