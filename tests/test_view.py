@@ -1,7 +1,13 @@
 """The view of trees in a real browser: what it says of a clicked node is what the tables say."""
 
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +40,7 @@ def browser(*arguments):
         "--disable-gpu",
         "--disable-dev-shm-usage",
         "--window-size=1400,1000",
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         *arguments,
     ):
         options.add_argument(argument)
@@ -294,3 +300,89 @@ def test_the_page_of_the_site_has_the_script_of_today():
     text = (ROOT / "nbs/images/view.html").read_text()
     assert all(view.view_source(name) in text for name in ("view.js", "view.css"))
     assert text.count("<script") == 2 and not re.search(r"(src|href)=|url\(|https?:", text)
+
+
+@pytest.fixture()
+def lab(tmp_path):
+    "Address of a JupyterLab that serves a copy of the notebook `explore`."
+    shutil.copy(ROOT / "nbs/explore.ipynb", tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    options = (
+        "--no-browser",
+        "--allow-root",
+        f"--ServerApp.port={port}",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.root_dir={tmp_path}",
+        "--IdentityProvider.token=view",
+        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.news_url=",
+    )
+    places = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR")}
+    with open(tmp_path / "lab.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options],
+            env=os.environ | places | {"PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield f"http://127.0.0.1:{port}/lab/tree/explore.ipynb?token=view"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wait_for_server(address, seconds=120):
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return urllib.request.urlopen(address, timeout=5).status
+        except OSError:
+            assert time.monotonic() < until, "JupyterLab does not answer"
+            time.sleep(0.5)
+
+
+def test_jupyterlab_shows_the_numbers_and_a_training(lab, driver):
+    "The notebook `explore` run in JupyterLab: a node clicked, its table, a training of seconds."
+    wait_for_server(lab)
+    driver.get(lab)
+    shown = Shown.__new__(Shown)
+    shown.driver = driver
+    ask = driver.execute_script
+    ready = "return !!window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
+    shown.wait(lambda: ask(ready), 300)
+    ask("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    shown.wait(lambda: shown.all(".jp-OutputArea .av1nb-view[data-ready]"), 300)
+    [picture] = load_sample(["coffee"])
+    frame = view.encoded_frame(picture.luma[0], 128, 4)
+    table = joint.tree_table(joint.JointPredictor.load(), picture.luma, 128)
+    row = table.query("size == 16 and type != 'SPLIT'").iloc[7]
+    ask("document.querySelectorAll('canvas')[1].scrollIntoView({block: 'center'})")
+    shown.click(1, row["row"] + 8.5, row["col"] + 8.5, frame.luma.shape[1])
+    assert shown.node == (16, row["row"], row["col"])
+    require_numbers(shown, frame, "shipped", 0, row)
+    # what Python knows of the click
+    ask("""
+        const notebook = window.jupyterapp.shell.currentWidget.content;
+        notebook.activeCellIndex = notebook.widgets.findIndex(
+          (cell) => cell.model.sharedModel.getSource().startsWith("shown.chosen()"));
+        window.jupyterapp.commands.execute("notebook:run-cell");
+        """)
+    shown.wait(lambda: any(f"<td>{row['set']}</td>" in part for part in outputs(shown)))
+    seconds = "input[aria-label='seconds'], .widget-inline-hbox input[type=number]"
+    field = shown.all(seconds)[-1]
+    field.send_keys(Keys.CONTROL + "a")
+    field.send_keys("3" + Keys.TAB)
+    before = int(shown.one(".av1nb-view").get_attribute("data-ready"))
+    ask(
+        "[...document.querySelectorAll('button')].find(b =>"
+        " b.textContent.startsWith('Train')).click()"
+    )
+    shown.wait(lambda: "steps, loss" in ask("return document.body.innerText"), 300)
+    shown.wait(lambda: int(shown.one(".av1nb-view").get_attribute("data-ready")) > before)
+    assert [c.text for c in shown.all("figcaption")][-1] == "predicted: trained here"
+
+
+def outputs(shown):
+    return [part.get_attribute("innerHTML") for part in shown.all(".jp-RenderedHTMLCommon")]
