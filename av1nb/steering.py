@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOOK_VERSION', 'HOOK', 'encoder_cache', 'find_encoder', 'load_encoder', 'luma_quality', 'MaskedResult',
            'encode_masked', 'search_costs', 'record_costs', 'label_stability', 'shipped_policies', 'shipped_weights',
-           'save_policies', 'policy_for', 'predict_masks', 'encode_predicted']
+           'save_policies', 'policy_for', 'predict_masks', 'encode_predicted', 'measure_encodes']
 
 # %% ../nbs/29_steering.ipynb #ae44d329
 import ctypes
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from joblib import delayed
 
 from .files import read_json, require_fields, save_json, write_bytes
@@ -29,6 +30,7 @@ from .bitstream import StreamError
 from .libaom import Libaom, LibaomError
 from .streams import Frame, Trees, load_libaom
 from .encoding import QINDEXES, _check_encoder, cq_level_of, encode, qindex_of
+from .jobs import once
 from .joint import JointPredictor
 from .masks import MaskPolicy, MaskTable, TYPES, masks_from_probabilities, uniform_masks
 from .costs import SearchLog, log_from_tables, same_labels
@@ -540,3 +542,39 @@ def encode_predicted(
     masks, seconds = predict_masks(predictor, luma, qindex_of(cq_level), policy)
     steered = encode_masked(planes, masks, prediction=seconds, path=path, **settings)
     return steered, encode_masked(planes, **settings) if compare else None
+
+# %% ../nbs/29_steering.ipynb #34198a92
+def measure_encodes(
+    planes: Sequence,  # pictures of one size: (Y, U, V) each, uint16, 10 bits
+    policies: Sequence[MaskPolicy | None],  # None: the stock encoder
+    weights: str | os.PathLike,  # checkpoint of the joint network that makes the masks
+    *,
+    cq_level: int = 32,  # constant quality level, 0 (best) to 63
+    cpu_used: int = 1,  # speed preset
+    # for each policy: bytes, psnr (dB), ssim, seconds (of encoder and prediction together) and
+    # prediction (CPU seconds)
+) -> list[dict]:
+    """Encode pictures once with each policy, as a job of `run_jobs`.
+
+    Sets PyTorch to one thread. Raises as `encode_predicted` does.
+    """
+    torch.set_num_threads(1)
+    luma, qindex, found = [picture[0] for picture in planes], qindex_of(cq_level), []
+    for policy in policies:
+        masks, seconds = None, 0.0
+        if policy is not None:
+            predictor = once(JointPredictor.load, str(weights))
+            masks, seconds = predict_masks(predictor, luma, qindex, policy)
+        result = encode_masked(
+            planes, masks, cq_level=cq_level, cpu_used=cpu_used, prediction=seconds
+        )
+        found.append(
+            dict(
+                bytes=result.bytes,
+                psnr=result.psnr,
+                ssim=result.ssim,
+                seconds=result.total,
+                prediction=seconds,
+            )
+        )
+    return found
