@@ -687,12 +687,14 @@ def frame_tree(
     cpu_used: int,  # speed preset
     qindex: int,  # 0–255, of a constant quality level
     superblock: int = 0,  # 64 or 128; 0: libaom's choice
+    bit_depth: int = 10,  # of the stream; 8: samples are divided by four
 ) -> tuple[np.ndarray, int, float]:  # int16 [nodes, 4], see `COLUMNS`; superblock; user seconds
     """The tree that libaom gives a frame, nodes of 128 to 8 pixels.
 
     Raises `MaterialError` where the stream is not what was asked for, and as `encode` does.
     """
     height, width = planes[0].shape
+    planes = [plane >> 10 - bit_depth for plane in planes]
     options = {"sb-size": superblock} if superblock else {}
     with tempfile.TemporaryDirectory(prefix="av1nb-") as folder:
         path = Path(folder) / "frame.ivf"
@@ -702,7 +704,7 @@ def frame_tree(
             mode=mode,
             cq_level=cq_level_of(qindex),
             cpu_used=cpu_used,
-            bit_depth=10,
+            bit_depth=bit_depth,
             threads=1,
             options=options,
         )
