@@ -379,6 +379,7 @@ def group_rows(
     facts = tallies.facts.assign(level=-tallies.facts["size"])
     rows = []
     for key, where in facts.groupby([*by, "level"], sort=True).indices.items():
+        key = key if isinstance(key, tuple) else (key,)
         own, counts = facts.iloc[where], tallies.counts[:, where]
         total, types = measures(counts.sum(1)), counts[0][:, _AT["types"]].sum(0)
         codes, sequences = pd.factorize(own["sequence"])
