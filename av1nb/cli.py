@@ -431,11 +431,69 @@ def predict(
     )
     typer.echo(f"Written to {out} and {out.with_suffix('.png')}")
 
+# %% ../nbs/34_cli.ipynb #e83a6c26
+def _evaluate_stream(stream, predictor, network, shown, out):
+    "Compare one network with one stream; `shown` is what `intra_frames` takes beside it."
+    from av1nb import figures, joint
+    from av1nb.files import save_json
+
+    typer.echo(f"Reading the trees of {stream} …")
+    video, frames, *size = shown
+    source = joint.source_of(stream, video, *size)
+    typer.echo(f"asked: {network}\nseen: {source}")
+    report = joint.tree_report(joint.intra_frames(stream, *shown), predictor, str(stream))
+    typer.echo(f"\n{joint.report_text(report)}")
+    save_json({"stream": str(stream), "network": network, "pictures": source, **report}, out)
+    first = next(joint.intra_frames(stream, video, 1, *size))
+    figures.savefig(
+        figures.compare_overlays(first.luma, *joint.compared_nodes(predictor, first)),
+        out.with_suffix(".png"),
+    )
+    typer.echo(f"\nWritten to {out} and {out.with_suffix('.png')}")
+
+
+def _evaluate_folder(folder, loaded, told, sources, out):
+    "Compare networks (predictor, name) with the streams of a folder, group by group."
+    from av1nb import whole_frames
+    from av1nb.whole_frames import StreamPlan
+
+    plan, networks = StreamPlan(**told), [name for _, name in loaded]
+    predictors = [predictor for predictor, _ in loaded]
+    said = ["asked: " + "; ".join(networks), plan.said()]
+    typer.echo("\n".join(said))
+    tallies, broken = whole_frames.tally_folder(folder, predictors, plan, sources, typer.echo)
+    table = whole_frames.full_report(tallies)
+    said += whole_frames.pictures_said(tallies, plan)
+    typer.echo("\n" + "\n".join([*said[2:], "", whole_frames.whole_text(table)]))
+    facts = dict(folder=str(folder), networks=networks, said=said, broken=broken)
+    files = whole_frames.save_report(table, out, **facts)
+    typer.echo(f"\nWritten to {files[0]} and {files[1]}")
+    if broken:
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in broken.items())
+        raise RuntimeError(f"{len(broken)} streams could not be read and are not in it:{listed}")
+
 # %% ../nbs/34_cli.ipynb #e83a6c25
 @command
 def evaluate(
-    stream: Annotated[Path, typer.Argument(help="AV1 stream whose coded types are the truth")],
-    weights: Weights = None,
+    stream: Annotated[
+        Path,
+        typer.Argument(
+            help=(
+                "AV1 stream whose coded types are the truth, or a folder of streams, whose"
+                " subfolders"
+                " are kinds of material"
+            )
+        ),
+    ],
+    weights: Annotated[
+        Optional[list[Path]],
+        typer.Option(
+            help=(
+                "checkpoint of a joint network; the shipped one if not given. For a folder several"
+                " times, for several seeds"
+            )
+        ),
+    ] = None,
     run_dir: Annotated[
         Optional[Path],
         typer.Option(
@@ -444,7 +502,12 @@ def evaluate(
     ] = None,
     video: Annotated[
         Optional[Path],
-        typer.Option(help="picture or film that was encoded; the decoder's pictures if not given"),
+        typer.Option(
+            help=(
+                "picture or film that was encoded, for a folder of streams a folder of them, by the"
+                " beginning of the stream's name; the decoder's pictures if not given"
+            )
+        ),
     ] = None,
     frames: Annotated[
         int, typer.Option(min=0, help="so many intra frames from the beginning, 0: all")
@@ -452,34 +515,46 @@ def evaluate(
     width: Width = None,
     height: Height = None,
     bits: Bits = 10,
+    cpu_used: Annotated[
+        int, typer.Option(min=0, max=6, help="of a folder: preset that its streams were made with")
+    ] = 1,
+    mode: Annotated[
+        str, typer.Option(help="of a folder: mode of its streams, allintra or good")
+    ] = "allintra",
+    repeat: Annotated[
+        bool,
+        typer.Option(
+            help="of a folder: encode every frame twice more, to know what can be known at all"
+        ),
+    ] = True,
     out: Annotated[
         Path,
         typer.Option(
-            "--out", help="JSON file with every number; a picture of one frame is written beside it"
+            "--out",
+            help=(
+                "JSON file with every number; beside it a picture of one frame, of a folder the"
+                " table"
+                " as CSV"
+            ),
         ),
     ] = Path("evaluation.json"),
 ):
-    "Compare a network's predictions with the types that an encoder chose in a stream."
+    """Compare a network's predictions with the types that an encoder chose, in a stream or in all
+    streams of a folder.
+    """
     for path in filter(None, (stream, video)):
-        if not path.is_file():
+        if not path.is_file() and not (stream.is_dir() and path.is_dir()):
             raise FileNotFoundError(f"there is no file {path}")
-    typer.echo(f"Reading the trees of {stream} …")
-    from av1nb import figures, joint
-    from av1nb.files import save_json
+    from av1nb import joint
 
-    predictor, network = joint.load_predictor(weights, run_dir)
-    source = joint.source_of(stream, video, width, height, bits)
-    typer.echo(f"asked: {network}\nseen: {source}")
-    shown = joint.intra_frames(stream, video, frames, width, height, bits)
-    report = joint.tree_report(shown, predictor, str(stream))
-    typer.echo(f"\n{joint.report_text(report)}")
-    save_json({"stream": str(stream), "network": network, "pictures": source, **report}, out)
-    first = next(joint.intra_frames(stream, video, 1, width, height, bits))
-    figures.savefig(
-        figures.compare_overlays(first.luma, *joint.compared_nodes(predictor, first)),
-        out.with_suffix(".png"),
-    )
-    typer.echo(f"\nWritten to {out} and {out.with_suffix('.png')}")
+    loaded = [joint.load_predictor(one, run_dir) for one in weights or [None]]
+    if stream.is_dir():
+        told = dict(cpu_used=cpu_used, mode=mode, repeats=repeat, frames=frames, bits=bits)
+        _evaluate_folder(stream, loaded, told, video, out)
+        return
+    if len(loaded) > 1:
+        raise ValueError("a stream is compared with one network; give a folder for several")
+    _evaluate_stream(stream, *loaded[0], (video, frames, width, height, bits), out)
 
 # %% ../nbs/34_cli.ipynb #5c1e0b77
 @command

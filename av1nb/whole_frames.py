@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIZE_NAMES', 'QINDEX_BANDS', 'GROUPS', 'REPEATS', 'LEAST_ROOM', 'LEAST_NODES', 'STREAM_SUFFIXES', 'WholeFrame',
            'material_frames', 'frame_answers', 'Tallies', 'tally_frames', 'measures', 'group_rows', 'full_report',
-           'shown_table', 'whole_text', 'save_report', 'find_streams', 'source_in', 'StreamPlan', 'stream_frames',
-           'tally_folder']
+           'shown_table', 'whole_text', 'save_report', 'find_streams', 'source_in', 'StreamPlan', 'pictures_said',
+           'stream_frames', 'tally_folder']
 
 # %% ../nbs/25_whole_frames.ipynb #8c05fc02
 import math
@@ -411,9 +411,8 @@ def full_report(
     qindex.
     """
     parts = [group_rows(tallies, by, draws, seed) for by in ((), GROUPS, (*GROUPS, "qindex"))]
-    table = pd.DataFrame([row for part in parts for row in part])
     keys = [*GROUPS, "qindex"]
-    table[keys] = table[keys].astype(object).where(table[keys].notna(), "all")
+    table = pd.DataFrame([dict.fromkeys(keys, "all") | row for part in parts for row in part])
     bands = table[table["qindex"] != "all"].groupby(list(GROUPS))["qindex"].transform("nunique")
     table = table.drop(index=bands.index[bands == 1])  # says what the row of all bands says
     if tallies.facts[list(GROUPS)].drop_duplicates().shape[0] == 1:
@@ -512,7 +511,7 @@ def whole_text(
             f"{against} nodes have types that libaom's switches rule out under these conditions:"
             " the preset or mode is another one, or the encoder another"
         )
-    return "\\n".join(said)
+    return "\n".join(said)
 
 
 def save_report(
@@ -577,6 +576,39 @@ class StreamPlan:
     repeats: bool = True  # encode twice more for the repeat rate
     frames: int = 0  # so many intra frames from the beginning of each; 0: all
     bits: int = 10  # a sample of a `.yuv` source
+
+    def __post_init__(self):
+        Conditions(0, self.mode, self.cpu_used)  # refuses what does not exist
+
+    def said(self) -> str:
+        "What is taken for granted, in words."
+        return (
+            f"taken for granted: the streams were made in mode {self.mode} at preset"
+            f" {self.cpu_used}"
+        )
+
+
+def pictures_said(
+    tallies: Tallies,  # of streams
+    plan: StreamPlan,  # how they were evaluated
+) -> list[str]:
+    "Whether networks saw sources or decoded pictures, and what that means for the repeat rate."
+    facts = tallies.facts.drop_duplicates(["sequence", "frame"])
+    decoded = int((facts["pictures"] == "decoded").sum())
+    said = [f"{len(facts)} intra frames of {facts['sequence'].nunique()} sequences"]
+    if not plan.repeats:
+        said.append("nothing was encoded again: no repeat rate, and no share of what can be known")
+    if decoded:
+        said.append(
+            f"{decoded} of them are seen as the decoder shows them, because no source was given"
+        )
+    if decoded and plan.repeats:
+        said.append(
+            "their repeat rate is that of encoding the decoded pictures again: no rate of"
+            " repetition in the strict sense, because the pictures are not those that were encoded"
+            " first"
+        )
+    return said
 
 
 def _repeated(planes, conditions, bit_depth):
