@@ -341,8 +341,10 @@ def _intervals(by_sequence, draws, seed):
     found = {}
     for name in _WITH_INTERVAL:
         values = drawn[name].mean(1)
-        values = values[np.isfinite(values)]
-        low, high = np.quantile(values, (0.025, 0.975)) if len(values) else (math.nan, math.nan)
+        # a share that many draws do not define has no interval: those that do are the lucky ones
+        defined = np.isfinite(values)
+        kept = values[defined] if defined.mean() >= 0.95 else np.full(1, np.nan)
+        low, high = np.quantile(kept, (0.025, 0.975))
         found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
     return found
 
