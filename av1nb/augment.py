@@ -12,10 +12,12 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
+from .datasets import are_checked
 from .partitions import SYMMETRIES, Hierarchy, PartitionType, apply_symmetry, label_map
 
 # %% ../nbs/11_augment.ipynb #03493b03
@@ -189,12 +191,13 @@ def label_table(
 
 def _require_labels(x, y, n_classes):
     check_unmixed(y, "Symmetry")
-    low, high = (int(each) for each in y.aminmax()) if len(y) else (0, 0)
-    if len(y) != len(x) or low < -1 or high >= n_classes:
-        raise ValueError(
-            f"Symmetry needs one label from -1 to {n_classes - 1} a block, "
-            f"but got {len(y)} labels from {low} to {high} for {len(x)} blocks."
-        )
+    said = f"Symmetry needs one label from -1 to {n_classes - 1} a block, but got {len(y)} labels"
+    if len(y) != len(x):
+        raise ValueError(f"{said} for {len(x)} blocks.")
+    if len(y) and not are_checked():
+        low, high = (int(each) for each in y.aminmax())
+        if low < -1 or high >= n_classes:
+            raise ValueError(f"{said} from {low} to {high} for {len(x)} blocks.")
 
 # %% ../nbs/11_augment.ipynb #61746f58
 class Symmetry:
@@ -251,15 +254,13 @@ class Symmetry:
         """
         size, n_classes = check_blocks(x, "Symmetry", floating=False), self.labels.shape[1] - 1
         _require_labels(x, y, n_classes)
-        choice = self.draw(x, generator)
+        choice, self.labels = self.draw(x, generator), self.labels.to(y.device)
         # gather knows no uint16 on the CPU; the same bits as int16 move just as well
         movable = x.view(torch.int16) if x.dtype == torch.uint16 else x
         moved = torch.gather(
             movable.flatten(1), 1, self.pixel_table(size, x.device).index_select(0, choice)
         )
-        labels = torch.take(
-            self.labels.to(y.device), torch.add(y, choice.to(y.device), alpha=n_classes + 1)
-        )
+        labels = torch.take(self.labels, torch.add(y, choice.to(y.device), alpha=n_classes + 1))
         return (moved if movable is x else moved.view(x.dtype)).view(x.shape), labels
 
 # %% ../nbs/11_augment.ipynb #2563a0c2
@@ -277,6 +278,12 @@ def normal_points(
 
 NORMAL_POINTS = normal_points()
 
+
+@lru_cache
+def _points_on(device):
+    "The points on a device; half a megabyte that is sent once."
+    return NORMAL_POINTS.to(device)
+
 # %% ../nbs/11_augment.ipynb #c72b63f0
 def draw_normal(
     shape: tuple[int, ...],  # shape of the draw
@@ -291,7 +298,7 @@ def draw_normal(
         -(2**63), None, generator=generator
     )
     index = bits.to(x.device).view(torch.uint16).to(torch.int32)
-    normal = NORMAL_POINTS.to(x.device).index_select(0, index).view(torch.float32)
+    normal = _points_on(x.device).index_select(0, index).view(torch.float32)
     return (normal[:count] if count % 8 else normal).view(shape)
 
 # %% ../nbs/11_augment.ipynb #41194edd
@@ -313,7 +320,7 @@ class GaussianNoise:
     ) -> tuple:  # noisy blocks, labels
         "Return noisy blocks. Raises `ValueError` for blocks outside [0, 1]."
         check_blocks(x, "GaussianNoise")
-        if x.numel():
+        if x.numel() and not are_checked():
             low, high = (float(each) for each in x.aminmax())
             if not (low >= 0 and high <= 1):
                 raise ValueError(
@@ -457,10 +464,12 @@ def draw_partners(
     """
     device = x.device if generator is None else generator.device
     partner = torch.randperm(len(x), generator=generator, device=device).to(x.device)
-    seed = int(torch.randint(2**62, (), generator=generator, device=device))
-    random = np.random.default_rng(seed)
-    weight = np.where(random.random(len(x)) < p, random.beta(alpha, alpha, len(x)), 1.0)
-    return partner, torch.as_tensor(weight, dtype=torch.float32, device=x.device)
+    shape = torch.full((2, len(x)), alpha + 1.0, dtype=torch.float64, device=device)
+    uniform = torch.rand((3, len(x)), generator=generator, dtype=torch.float64, device=device)
+    # 1 − uniform is never 0
+    of_gamma = torch._standard_gamma(shape, generator).log() + (1 - uniform[:2]).log() / alpha
+    weight = torch.sigmoid(of_gamma[0] - of_gamma[1]).float().masked_fill(uniform[2] >= p, 1)
+    return partner, weight.to(x.device)
 
 # %% ../nbs/11_augment.ipynb #dbd6e4ca
 class MixUp:

@@ -7,7 +7,8 @@ __all__ = ['MAX_PIXEL', 'SPLITS', 'CONTRACT_LABELS', 'CONTRACT_KEYS', 'NORMALISA
            'split_sequences', 'split_hash', 'distribution', 'DatasetError', 'save_tensors', 'load_tensors', 'versions',
            'Blocks', 'BlockViews', 'BlockSet', 'build_block_sets', 'write_block_sets', 'read_metadata',
            'read_block_sets', 'import_legacy', 'stage_subset', 'bootstrap_variants', 'write_stage3', 'read_stage3',
-           'BalancedSampler', 'BatchSource', 'Batches', 'Audit', 'pixel_hashes', 'audit']
+           'BalancedSampler', 'values_checked', 'are_checked', 'BatchSource', 'Batches', 'Audit', 'pixel_hashes',
+           'audit']
 
 # %% ../nbs/10_datasets.ipynb #1216b54a
 import io
@@ -16,7 +17,8 @@ import json
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -1185,6 +1187,29 @@ class BalancedSampler:
             "factor": draws / self.counts * self.counts.sum() / self.length,
         })
 
+# %% ../nbs/10_datasets.ipynb #63daf15c
+_CHECKED = ContextVar("values_checked", default=False)
+
+
+@contextmanager
+def values_checked(
+    known: bool = True,  # False: look at them all the same
+):
+    """Inside, labels and pixels are not looked at any more, because all of them were before.
+
+    Reading a value makes the program wait for the device where it lies.
+    """
+    before = _CHECKED.set(known)
+    try:
+        yield
+    finally:
+        _CHECKED.reset(before)
+
+
+def are_checked() -> bool:
+    "Whether somebody has vouched for the values, see `values_checked`."
+    return _CHECKED.get()
+
 # %% ../nbs/10_datasets.ipynb #eb56c485
 def _require_batches(samples, labels, batch_size, sampler, shuffle):
     "Raise ValueError for blocks, labels or settings that no batches can be made of."
@@ -1224,6 +1249,13 @@ def _batch_bounds(count, batch_size):
         starts.pop()
     return list(zip(starts, [*starts[1:], count]))
 
+
+def _try_augmentation(augment, samples, labels, device):
+    "What it refuses, it refuses now: it gets the blocks of the smallest and the largest label."
+    extremes = torch.stack([labels.argmin(), labels.argmax()])
+    x, y = (values[extremes].to(device) for values in (samples, labels))
+    augment(to_float(x, check=False), y, torch.Generator(device).manual_seed(0))
+
 # %% ../nbs/10_datasets.ipynb #d161d3c8
 class BatchSource:
     "Blocks, labels and settings that batches are made of, and their order in an epoch."
@@ -1259,7 +1291,10 @@ class BatchSource:
         self.seed, self.augment = seed, augment
         self.blocks = blocks if isinstance(blocks, BlockSet) else None
         self.batch_ids = torch.empty(0, dtype=torch.int64)
+        self.highest_label = int(labels.max())
         self.set_epoch(1)
+        if augment is not None:
+            _try_augmentation(augment, self.samples, self.labels, self.device)
 
     def set_epoch(
         self,
@@ -1308,7 +1343,8 @@ class Batches(BatchSource):
             y = self.labels.index_select(0, index).to(self.device)
             if self.augment is not None:
                 generator.manual_seed(int(seeds[number] >> np.uint64(1)))
-                x, y = self.augment(x, y, generator)
+                with values_checked():
+                    x, y = self.augment(x, y, generator)
             yield (x, y) if self.qindex is None else (x, y, self.qindex[index].to(self.device))
 
 # %% ../nbs/10_datasets.ipynb #ec0168ed
