@@ -10,7 +10,7 @@ SITE     := _docs
 # Threads that wait for others spin for a short time only: with other work, they take its cores.
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: help install demo test bench docs lab readme pages export sample encoder clean
+.PHONY: help install demo test bench docs pdf lab readme pages export sample encoder clean
 .DEFAULT_GOAL := help
 
 help: ## what there is to make
@@ -38,15 +38,26 @@ test: $(STAMP) ## every notebook's assertions, then the tests of whole runs
 bench: $(STAMP) ## run the benchmark notebooks and collect their ratios in one file
 	$(BIN)/av1nb bench --run-dir runs/bench
 
+# The notebooks as nbdev prepares them for a site, in _proc; and that site as smalldocs renders it.
+PREPARE := $(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)"
+define RENDER
+sed -i '/^bibliography:\|^link-citations:/d' _proc/_quarto.yml && \
+  find _proc -name '*.ipynb' -exec sed -i '/"output-file: .*\\n",/d' {} + && \
+  $(BIN)/python -c "from av1nb import pages; pages.resolve_citations('_proc')" && \
+  $(BIN)/smalldocs render _proc --quiet
+endef
+
 docs: $(STAMP) ## render the site to _docs/ (Quarto where installed, else smalldocs)
-	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)"
-	if command -v quarto >/dev/null; then quarto render _proc --no-cache; else \
-	  sed -i '/^bibliography:\|^link-citations:/d' _proc/_quarto.yml && \
-	  find _proc -name '*.ipynb' -exec sed -i '/"output-file: .*\\n",/d' {} + && \
-	  $(BIN)/python -c "from av1nb import pages; pages.resolve_citations('_proc')" && \
-	  $(BIN)/smalldocs render _proc --quiet; fi
+	$(PREPARE)
+	if command -v quarto >/dev/null; then quarto render _proc --no-cache; else $(RENDER); fi
 	rm -rf $(SITE) && mv _proc/$(SITE) $(SITE)
 	@echo "The site is in $(SITE)/index.html"
+
+pdf: $(STAMP) ## print the whole site into _book/av1nb.pdf (some minutes; needs the system library Pango)
+	$(PREPARE)
+	$(RENDER)
+	$(BIN)/python -c "from av1nb import pages; print(pages.print_site('_proc/$(SITE)', '_quarto.yml', 'nbs/book.css', '_book/av1nb.pdf', pages.edition()), 'pages')"
+	@echo "The book is _book/av1nb.pdf"
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
@@ -71,5 +82,5 @@ encoder: $(STAMP) ## build libaom with the partition hook into the cache (VERSIO
 	$(BIN)/python libaom/build.py $(if $(VERSION),--version "$(VERSION)") $(if $(SOURCE),--source "$(SOURCE)")
 
 clean: ## remove what can be rebuilt, keep runs/ and .venv
-	rm -rf _docs _proc build dist *.egg-info .pytest_cache
+	rm -rf _docs _proc _book build dist *.egg-info .pytest_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PREPARATION', 'PIPELINE_NOTEBOOKS', 'PIPELINE', 'NOTEBOOKS', 'HEADLESS', 'DEMO', 'COMPARED', 'ASKED', 'SCORES',
            'MEASURES', 'COSTS', 'RESULT_FILES', 'OTHERS', 'StageNotebook', 'RunError', 'maker_of', 'RunDirectory',
-           'environment', 'code_hash', 'notebooks_folder', 'find_notebook', 'parameters_of', 'parameter_table',
-           'notebook_table', 'parse_parameters', 'stated_values', 'headless', 'run_notebook', 'is_done',
-           'run_notebooks', 'clear', 'trainings', 'summarise', 'format_table', 'shown_text', 'shown_outputs',
+           'environment', 'code_hash', 'provenance', 'save_table', 'notebooks_folder', 'find_notebook', 'parameters_of',
+           'parameter_table', 'notebook_table', 'parse_parameters', 'stated_values', 'headless', 'run_notebook',
+           'is_done', 'run_notebooks', 'clear', 'trainings', 'summarise', 'format_table', 'shown_text', 'shown_outputs',
            'publish_outputs', 'publish_pages', 'settings_for', 'read_result', 'find_results', 'over_models',
            'differences', 'best_baselines', 'comparison_table', 'share_data', 'notebooks_of', 'compare',
            'run_benchmarks']
@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,7 @@ from av1nb.files import (
     repository,
     require_fields,
     save_json,
+    sha256_of_file,
 )
 
 # %% ../nbs/30_runs.ipynb #ceeed332
@@ -295,6 +297,44 @@ def code_hash(
             text = path.read_text(encoding="utf-8")
         digest.update(path.name.encode() + b"\0" + text.encode() + b"\0")
     return digest.hexdigest()[:16]
+
+# %% ../nbs/30_runs.ipynb #a1c0de02
+def _commit():
+    "Commit of the clone, and whether something in it was changed; in words where there is none."
+    git = ["git", "-C", str(repository())]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return "unknown: not a clone"
+    changed = [*git, "status", "--porcelain", "--untracked-files=no"]
+    status = subprocess.run(changed, capture_output=True, text=True, check=True).stdout
+    return head.stdout.strip() + (" with changes" if status.strip() else "")
+
+
+def provenance(
+    command: str,  # what repeats the record
+    inputs: Iterable[str | os.PathLike],  # files that it read; a relative path begins at the root
+) -> pd.DataFrame:  # one column, `value`
+    """Where the numbers of a record come from: its command, the code, and the SHA-256 of each
+    input. Raises `FileNotFoundError` for an input that is not there.
+    """
+    rows = {"command": command, "commit": _commit(), "code": code_hash()}
+    rows |= {f"SHA-256 of {os.fspath(path)}": sha256_of_file(from_root(path)) for path in inputs}
+    return pd.Series(rows, name="value").to_frame()
+
+# %% ../nbs/30_runs.ipynb #a1c0de05
+def save_table(
+    table: pd.DataFrame,  # as the record shows it
+    stem: str | os.PathLike,  # path without ending: `.csv` and `.tex` are added
+    digits: int = 3,  # after the point, of floats in LaTeX; the CSV file has them all
+) -> tuple[Path, Path]:  # the CSV file and the LaTeX file
+    "Write a table as CSV and as LaTeX (needs `\\usepackage{booktabs}`)."
+    paths = tuple(from_root(f"{os.fspath(stem)}{ending}") for ending in (".csv", ".tex"))
+    latex = table.style.format(escape="latex", precision=digits, na_rep="–")
+    latex = latex.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
+    for path, text in zip(paths, (table.to_csv(), latex.to_latex(hrules=True))):
+        with atomic_file(path) as part:
+            part.write_text(text, encoding="utf-8")
+    return paths
 
 # %% ../nbs/30_runs.ipynb #9aa7df33
 def notebooks_folder(

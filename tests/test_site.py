@@ -1,5 +1,7 @@
 """The rendered site: every exported name has its place, no link is broken, no cell failed."""
 
+import hashlib
+import html
 import json
 import re
 import shutil
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from av1nb.pages import cited_keys, read_references, resolve_citations
+from av1nb.pages import cited_keys, print_site, read_references, resolve_citations
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -103,6 +105,90 @@ def test_citations_hold(site):
         shown = re.sub(r"<(pre|code)\b.*?</\1>", "", text, flags=re.S)
         assert "[@" not in shown and "{#refs}" not in shown, page.name
     assert works.keys() == set().union(*cited.values())
+
+
+RECORDS = sorted(
+    path
+    for path in (ROOT / "nbs/thesis").glob("*.ipynb")
+    if path.stem not in ("bibliography", "changelog")
+)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_record_says_where_its_numbers_come_from(path):
+    "Command, commit and hashes: stored in words, or made by the cell that does it on every run."
+    text = "\n\n".join(cells_of(path, "markdown"))
+    assert "runs.provenance(" in "\n".join(cells_of(path, "code"))
+    assert re.search(r"^```(ba)?sh\n", text, re.M), "no command"
+    cells = json.loads(path.read_text())["cells"]
+    ran = [cell for cell in cells if "runs.provenance(" in "".join(cell["source"])]
+    if any(cell["outputs"] for cell in ran):
+        return
+    stored = text[text.index("### Provenance") :]
+    commit = re.search(r"Commit `([0-9a-f]{12})`", stored)[1]
+    hashes = re.findall(r"\| `([\w./]+)` \| `([0-9a-f]{64})` \|", stored)
+    assert hashes
+    for name, said in hashes:
+        git = ["git", "-C", ROOT, "show", f"{commit}:{name}"]
+        done = subprocess.run(git, capture_output=True)
+        if done.returncode == 0:  # a clone with the whole history
+            assert hashlib.sha256(done.stdout).hexdigest() == said, name
+
+
+SAID = """
+<script>
+  const table = document.querySelector("table");
+  const buttons = document.querySelectorAll(".copy-table button");
+  document.body.textContent =
+    "said" + JSON.stringify([buttons.length, tableAs.csv(table), tableAs.latex(table)]);
+</script>
+"""
+
+
+def test_tables_can_be_copied(site, tmp_path):
+    for path in RECORDS:
+        assert "window.tableAs" in (site / f"_proc/_docs/thesis/{path.stem}.html").read_text()
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    table = """<main><table><thead><tr><th></th><th>macro_F1</th><th>a, "b"</th></tr></thead>
+      <tbody><tr><th rowspan="2">v6</th><td>0.5 ± 0.1</td><td>x &amp; y</td></tr>
+      <tr><td>−0.2</td><td>50 %</td></tr></tbody></table></main>"""
+    page = tmp_path / "page.html"
+    script = (ROOT / "nbs/tables.html").read_text()
+    page.write_text(f'<!doctype html><meta charset="utf-8"><body>{table}{script}{SAID}')
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    shown = subprocess.run(
+        [browser, *flags, page.as_uri()], capture_output=True, text=True, timeout=300
+    ).stdout
+    said = json.loads(html.unescape(re.search(r"said(\[.*\])", shown)[1]))
+    assert said == [
+        2,
+        ',macro_F1,"a, ""b"""\nv6,0.5 ± 0.1,x & y\n,−0.2,50 %\n',
+        (
+            '\\begin{tabular}{lrl}\n\\toprule\n & macro\\_F1 & a, "b" \\\\\n\\midrule\nv6 & 0.5'
+            " $\\pm$ 0.1 & x \\& y \\\\\n & $-$0.2 & 50 \\% \\\\\n\\bottomrule\n\\end{tabular}\n"
+        ),
+    ]
+
+
+def test_a_book_is_printed(tmp_path):
+    "Links between chapters, formulas and numbers of pages, in a book of three pages."
+    (tmp_path / "site").mkdir()
+    for name, body in {
+        "index": '<h1>First</h1><p>See <a href="b.html#x">there</a>.</p>',
+        "b": r'<h1>Second</h1><p id="x"><span class="math inline">\(n_i\)</span></p>',
+    }.items():
+        (tmp_path / f"site/{name}.html").write_text(f"<main>{body}</main>")
+    settings = """website: {title: A book, description: Of two,
+      sidebar: {contents: [index.ipynb, {section: Rest, contents: [b.ipynb]}]}}"""
+    (tmp_path / "_quarto.yml").write_text(settings)
+    out = tmp_path / "book.pdf"
+    try:
+        n = print_site(tmp_path / "site", tmp_path / "_quarto.yml", ROOT / "nbs/book.css", out)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert n == 4 and out.read_bytes().startswith(b"%PDF")
 
 
 def test_no_cell_failed(site):
