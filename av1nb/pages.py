@@ -283,15 +283,9 @@ def _fit(table):
             widths[column] = max(widths.get(column, 2), min(longest, 60) / span)
             column += span
     characters = sum(widths.values()) + 2 * len(widths)
-    size = next(
-        (
-            name
-            for name, limit in (("widest", 150), ("wider", 115), ("wide", 85))
-            if characters > limit
-        ),
-        None,
-    )
-    table["class"] = [*table.get("class", []), *([size] if size else [])]
+    sizes = ("wide", 85), ("wider", 103), ("widest", 120), ("broken", 146)
+    small = [name for name, limit in sizes if characters > limit]
+    table["class"] = [*table.get("class", []), *small]
 
 
 def chapter_html(
@@ -352,7 +346,7 @@ def _font_faces():
         for ending, (weight, style) in zip(endings, looks)
     )
 
-
+# %% ../nbs/35_pages.ipynb #583f550e
 def book_html(
     site: Path,  # folder of the rendered site
     settings: dict,  # what `_quarto.yml` holds
@@ -383,7 +377,7 @@ def book_html(
         "</html>",
     ])
 
-
+# %% ../nbs/35_pages.ipynb #1ae9b3b9
 def edition() -> str:
     "Version and, in a clone, commit of what is printed; a line for the cover."
     import av1nb
