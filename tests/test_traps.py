@@ -1,5 +1,5 @@
-"""The known mistakes of earlier code, sixteen of them: each ruined results silently, and each has
-tests here that fail when it returns.
+"""The known mistakes of earlier code: each ruined results silently, and each has tests here that
+fail when it returns.
 """
 
 import json
@@ -1543,3 +1543,61 @@ def test_trap_16_a_seed_means_a_seed(seed, tmp_path):
         weights("other", seed + 10),
     )
     assert same(first, again) and not same(first, other)
+
+
+# ---- 17: training places chosen for texture
+
+
+def test_trap_17_places_do_not_depend_on_what_is_there(tmp_path):
+    "A flat and a busy picture give frames of the same places, and every place occurs."
+    rows, cols = np.mgrid[:300, :400]
+    marks = np.stack([rows // 2, cols // 2, 0 * rows], 2).astype(np.uint8)
+    busy = np.random.default_rng(1).integers(0, 2, rows.shape) * 255
+    starts = {}
+    for name, third in (("flat", 0 * busy), ("busy", busy)):
+        marks[..., 2] = third
+        Image.fromarray(marks).save(tmp_path / f"{name}.png")
+    for seed in range(12):
+        places = []
+        for name in ("flat", "busy"):
+            steps = (("window", (1.0,)),)
+            plan = material.FramePlan(
+                "x", "x", "train", "native", (128, 96), steps, (), seed, f"{name}.png"
+            )
+            height, width = material.make_frame(plan, tmp_path)[0].shape
+            assert (height, width) == (96, 128)
+            planes = material.make_frame(plan, tmp_path)
+            # red grows downwards: the mean of Cr tells the row, whatever the texture
+            places.append(planes)
+        whole = narrow_planes(next(decode_pictures(tmp_path / "flat.png"))[1])
+        found = [
+            (r, c)
+            for r in range(0, 300 - 96 + 1, 2)
+            for c in range(0, 400 - 128 + 1, 2)
+            if np.array_equal(whole[0][r : r + 96, c : c + 128], places[0][0])
+        ]
+        other = narrow_planes(next(decode_pictures(tmp_path / "busy.png"))[1])[0]
+        assert any(
+            np.array_equal(other[r : r + 96, c : c + 128], places[1][0]) for r, c in found
+        ), seed
+        starts[seed] = found[0]
+    assert len(set(starts.values())) > 8
+
+
+def test_trap_17_a_constant_stands_beside_every_level():
+    "A network that says SPLIT everywhere is named as below the most frequent type of the frames."
+
+    class AlwaysSplit:
+        def maps(self, luma, conditions):
+            sure = np.eye(10, dtype=np.float32)[3]
+            return {64: np.broadcast_to(sure, (luma.shape[0] // 64, luma.shape[1] // 64, 10))}
+
+    nodes = pd.DataFrame(
+        [dict(size=64, row=r, col=c, type=0, qindex=128) for r in (0, 64) for c in (0, 64)]
+    )
+    frame = whole_frames.WholeFrame(
+        "dark", "dark/0", "dark", Conditions(128), np.full((128, 128), 70, np.uint16), nodes
+    )
+    table = whole_frames.full_report(whole_frames.tally_frames([frame], [AlwaysSplit()]), draws=10)
+    assert table["accuracy"].item() == 0 and table["majority"].item() == 1
+    assert "BELOW the most frequent type: dark" in whole_frames.whole_text(table)
