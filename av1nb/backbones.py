@@ -699,7 +699,7 @@ def soft_log(
 # preset, mode, superblock and class where only the qindex is told: all intra, preset 1, 64×64,
 # 1080 lines, the defaults of `encoding.Conditions`
 DEFAULT_CONDITIONS = (1, 0, 0, 3)
-_TOLD = 14 + 1 + 5  # presets of two modes, superblock, classes of size
+_TOLD = 14 + 1 + 1 + 5  # presets of two modes, step of the quantiser, superblock, classes of size
 
 # %% ../nbs/12_backbones.ipynb #1689b2f5
 class JointLayers(nn.Module):
@@ -800,10 +800,13 @@ class JointInputs(JointLayers):
             if told.ndim == 1:
                 rest = torch.tensor(DEFAULT_CONDITIONS, device=told.device)
                 told = torch.cat([told.long()[:, None], rest.expand(len(told), -1)], 1)
-            _, preset, mode, large, size_class = told.long().unbind(1)
+            qindex, preset, mode, large, size_class = told.long().unbind(1)
             one_hot = nn.functional.one_hot
+            qindex = qindex if self.qindex else torch.full_like(qindex, 128)
             values += [
                 one_hot(preset + 7 * mode, 14).to(scaled.dtype),
+                # doublings of the quantiser's step, which grows nearly like the qindex at first
+                torch.log2(qindex[:, None].to(scaled.dtype) + 4) / 8,
                 large[:, None].to(scaled.dtype),
                 one_hot(size_class, 5).to(scaled.dtype),
             ]

@@ -327,6 +327,49 @@ class FrameSet(FrameVectors):
             regrets.float(), 2, before[:, None].expand(-1, regrets.shape[1], -1)
         )
 
+# %% ../nbs/23_frames.ipynb #c0d171d2
+def _detailed_places(frames, power):
+    "Every place of a crop (recording, row, column) that has nodes of 16×16, and its weight."
+    block, places, nodes = frames.levels[0], [], []
+    level, span = frames.levels.index(16), frames.side // block
+    for number, r in enumerate(frames.recordings):
+        rows, cols = r.padded_height // 16, r.padded_width // 16
+        start, per = r.starts[level], block // 16
+        there = (frames.types[16][start : start + rows * cols] >= 0).cpu().float()
+        blocks = there.reshape(1, rows // per, per, cols // per, per).sum((2, 4))
+        counts = torch.nn.functional.avg_pool2d(blocks, span, 1)[0] * span**2
+        row, col = counts.nonzero(as_tuple=True)
+        places.append(torch.stack([torch.full_like(row, number), row * block, col * block]))
+        nodes.append(counts[row, col].double())
+    places, nodes = torch.cat(places, 1), torch.cat(nodes)
+    # a recording is drawn in proportion to this power of its nodes
+    own = torch.zeros(len(frames), dtype=torch.float64).index_add(0, places[0], nodes)
+    return places, nodes * own[places[0]].clamp(min=1).pow(power - 1)
+
+
+def _even_places(frames, share, count, generator):
+    "Places of crops, every one of a recording as likely as any other."
+    recording = torch.multinomial(share, count, True, generator=generator)
+    block = frames.levels[0]
+    row, col = (
+        ((size.cpu()[recording] - frames.side) // block + 1)
+        .mul(torch.rand(count, generator=generator, dtype=torch.float64))
+        .long()
+        * block
+        for size in (frames.height, frames.width)
+    )
+    return recording, row, col
+
+
+def _without(cells, batch, crops):
+    "A batch in which nothing is known of some cells of some crops."
+    x, types, told, *regrets = batch
+    hidden = crops.to(types.device)[:, None]
+    types[:, cells] = types[:, cells].masked_fill(hidden, -1)
+    for values in regrets:
+        values[:, cells] = values[:, cells].masked_fill(hidden[..., None], torch.nan)
+    return x, types, told, *regrets
+
 # %% ../nbs/23_frames.ipynb #d91c6a1d
 class CropBatches:
     """Training batches `(x float32 [B,1,S,S], types int64 [B, cells], qindex int64 [B])` of random
@@ -341,9 +384,9 @@ class CropBatches:
         symmetries: bool = True,  # False: crops as they are, for comparison
         rank: int = 0,  # number of this process among `world`
         world: int = 1,  # processes that share each batch; divides `batch_size`
-        # recordings are drawn in proportion to this power of their superblocks: 1, each superblock
-        # as often as any other; 0.5, small frames more often than their share
-        power: float = 1.0,
+        power: float = 1.0,  # recordings are drawn in proportion to this power of their superblocks
+        # share of the crops that are drawn by their nodes of 16×16, and teach the levels 16 and 8
+        detail: float = 0.0,
     ):
         if batch_size < 1 or batch_size % world:
             raise ValueError(
@@ -354,6 +397,9 @@ class CropBatches:
         self.symmetries, self.rank, self.world = symmetries, rank, world
         self.share = frames.superblocks.double().pow(power)
         self.share /= self.share.sum()
+        self.detail, self.places = detail, None
+        if detail:
+            self.places, self.nodes = _detailed_places(frames, power)
 
     def set_epoch(
         self,
@@ -369,35 +415,31 @@ class CropBatches:
 
     def draw(
         self,
-        # recording, row, col, symmetry: int64 [batches of this epoch · batch_size] each
+        # recording, row, col, symmetry: int64 [batches of this epoch · batch_size] each, and
+        # whether
+        # the crop was drawn by its nodes of 16×16
     ) -> list:
         "What this epoch looks at."
-        generator = torch.Generator().manual_seed(
-            int(
-                np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0] >> 1
-            )
-        )
+        state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0] >> 1))
         n, frames = len(self) * self.batch_size, self.frames
-        recording = torch.multinomial(self.share, n, True, generator=generator)
-        block = frames.levels[0]
-        row, col = (
-            ((size.cpu()[recording] - frames.side) // block + 1)
-            .mul(torch.rand(n, generator=generator, dtype=torch.float64))
-            .long()
-            * block
-            for size in (frames.height, frames.width)
-        )
-        symmetry = (
-            torch.randint(8, (n,), generator=generator)
-            if self.symmetries
-            else torch.zeros(n, dtype=torch.int64)
-        )
-        return [recording, row, col, symmetry]
+        recording, row, col = _even_places(frames, self.share, n, generator)
+        symmetry = torch.randint(8 if self.symmetries else 1, (n,), generator=generator)
+        # spread evenly over batches and processes
+        fine = (torch.arange(n, dtype=torch.float64) * self.detail).remainder(1) + self.detail >= 1
+        if fine.any():
+            chosen = torch.multinomial(self.nodes, int(fine.sum()), True, generator=generator)
+            for values, own in zip((recording, row, col), self.places):
+                values[fine] = own[chosen]
+        return [recording, row, col, symmetry, fine]
 
     def __iter__(self):
         drawn = [values.reshape(len(self), self.world, -1)[:, self.rank] for values in self.draw()]
-        for batch in zip(*drawn):
-            yield self.frames.crop(*batch)
+        slices = cell_slices(self.frames.side, self.frames.side, self.frames.levels)
+        coarse = slice(0, slices[16].start)
+        for *batch, fine in zip(*drawn):
+            cut = self.frames.crop(*batch)
+            yield _without(coarse, cut, fine) if self.detail else cut
 
 # %% ../nbs/23_frames.ipynb #0e5fe316
 class TileBatches:

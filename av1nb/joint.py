@@ -146,6 +146,7 @@ def train_joint(
     objective: Callable | None = None,
     progress: bool = True,  # show a progress bar
     power: float = 1.0,  # of the superblocks of a recording, see `CropBatches`
+    detail: float = 0.0,  # share of crops drawn by their nodes of 16×16, see `CropBatches`
     # of `JointModel`: flat, widths, depths, dropout, qindex, context, conditions, superblock
     **settings,
 ):
@@ -164,7 +165,7 @@ def train_joint(
     model = JointModel(**settings).to(memory_format=torch.channels_last)
     history = fit(
         model,
-        CropBatches(train, config.batch_size, config.seed, symmetries, *process(), power),
+        CropBatches(train, config.batch_size, config.seed, symmetries, *process(), power, detail),
         TileBatches(val, config.batch_size),
         objective or TreeLikelihood([1.0] * len(train.levels)),
         lambda logits, labels: tree_scores(logits, labels, train.side, train.levels),
@@ -176,6 +177,7 @@ def train_joint(
             "side": train.side,
             "symmetries": symmetries,
             "power": power,
+            "detail": detail,
             "train": repr(train),
             **provenance,
         },
@@ -201,6 +203,8 @@ class JointRecipe:
     qindex: bool = True  # False: the network is not told the quantiser
     conditions: bool = False  # True: it is told mode, preset, superblock and class, too
     power: float = 1.0  # below 1 small frames are seen more often than their share of superblocks
+    # share of the crops that are drawn by their nodes of 16×16 and teach only the levels 16 and 8
+    detail: float = 0.0
     context: bool = True  # False: every superblock is looked at by itself
     flat: bool = False  # True: one softmax over ten types instead of the hierarchy
     # channels at 1/4, 1/8, 1/16, and at 1/32 and 1/64 of the resolution
@@ -291,12 +295,13 @@ def train_run(
         objective or TreeLikelihood(levels),
         progress,
         recipe.power,
+        recipe.detail,
         **_network_settings(recipe),
     )
 
 # %% ../nbs/24_joint.ipynb #c0d171c1
 # the recipe of the shipped network: told all conditions, with the level 128
-MATERIAL = dict(epochs=4, conditions=True, level_weights=(1.0,) * 5, power=0.5)
+MATERIAL = dict(epochs=3, conditions=True, level_weights=(1.0,) * 5, power=0.5, detail=0.5)
 
 
 def train_material(
@@ -338,6 +343,7 @@ def train_material(
         TreeLikelihood(weights),
         progress,
         recipe.power,
+        recipe.detail,
         **_network_settings(recipe),
     )
 
