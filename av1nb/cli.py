@@ -666,54 +666,62 @@ def _over_quantisers(pairs, levels):
         " stock time"
     )
 
-# %% ../nbs/34_cli.ipynb #9568b913
-@command
-def encode(
-    video: Video,
-    out: Annotated[Path, typer.Option("--out", help="IVF file to write")],
-    cpu_used: Annotated[
-        int, typer.Option("--cpu-used", "--speed", min=0, max=4, help="libaom's speed preset")
-    ] = 1,
-    budget: Annotated[
-        float, typer.Option(help="BD-rate in percent that may be lost, by the validation pictures")
-    ] = 1.0,
-    cq_level: Annotated[
-        int, typer.Option(min=0, max=63, help="constant quality level, 0 is best")
-    ] = 32,
-    frames: Annotated[
-        int, typer.Option(min=0, help="so many frames from the beginning, 0: all")
-    ] = 0,
-    width: Width = None,
-    height: Height = None,
-    bits: Bits = 10,
-    weights: Annotated[
-        Optional[Path],
-        typer.Option(
-            help="checkpoint of a joint network; the shipped one, trained on regret, if not given"
-        ),
-    ] = None,
-    policies: Annotated[
-        Optional[Path], typer.Option(help="tuned policies; the shipped ones if not given")
-    ] = None,
-    compare: Annotated[
-        bool, typer.Option(help="encode without help, too, and say what was saved")
-    ] = True,
-    all_quantisers: Annotated[
-        bool,
-        typer.Option(
-            "--all-quantisers",
-            help="measure the BD-rate of this video over cq levels 20, 32, 43, 55 (eight encodes)",
-        ),
-    ] = False,
-):
-    "Encode a video all intra with predicted partitions, faster, within a BD-rate budget."
+# %% ../nbs/34_cli.ipynb #5c1a4421
+def _steering(budget, weights, policies, cpu_used):
+    "Network and policy that steer, for `encode_still`; none, and why, without the library."
+    from av1nb import joint, steering
+    from av1nb.libaom import LibaomError
+
+    try:
+        steering.load_encoder()
+    except LibaomError as error:
+        typer.echo(f"Encoding without predictions, by the stock library: {error}", err=True)
+        return {}
+    policy, share, loss = steering.policy_for(budget, cpu_used, policies)
+    typer.echo(
+        f"Policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation pictures"
+    )
+    predictor = joint.JointPredictor.load(weights or steering.shipped_weights())
+    return dict(predictor=predictor, policy=policy)
+
+
+def _encode_stills(source, out, steer, coded, read):
+    "A picture or a folder of them as AVIF; the faulty ones are named at the end."
+    from av1nb import stills
+
+    if not source.exists():
+        raise FileNotFoundError(f"there is no file or folder {source}")
+    if source.is_dir():
+        if out.suffix or out.is_file():
+            raise ValueError(f"{source} is a folder; --out must name a folder, not {out}")
+        pairs = stills.picture_files(source, out)
+    else:
+        pairs = [(source, out)]
+    settings = _steering(*steer, coded["cpu_used"]) if steer else {}
+    failed = []
+    for path, done in stills.encode_stills(pairs, **read, **settings, **coded):
+        if isinstance(done, Exception):
+            failed.append(path)
+            typer.echo(f"{path}: not written: {done}", err=True)
+        else:
+            still, result = done
+            typer.echo(f"{path}: {still}; {result}")
+    if failed:
+        names = ", ".join(map(str, failed))
+        raise ValueError(f"{len(failed)} of {len(pairs)} pictures not written: {names}")
+    typer.echo(f"Written to {out}")
+
+# %% ../nbs/34_cli.ipynb #5c1a4441
+def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
+    "A film as IVF; `read` is what `read_pictures` takes."
     from av1nb import encoding, joint, pictures, steering
 
+    budget, weights, policies = steer
     policy, share, loss = steering.policy_for(budget, cpu_used, policies)
     predictor = joint.JointPredictor.load(weights or steering.shipped_weights())
     loading = time.process_time()  # since the process began, so with PyTorch's import
     library = steering.load_encoder()
-    film = pictures.read_pictures(video, frames or None, width, height, bits)
+    film = pictures.read_pictures(*read)
     typer.echo(
         f"{film}; policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation"
         " pictures"
@@ -736,6 +744,90 @@ def encode(
         pairs = [(ours, stock) if level == cq_level else both(cq_level=level) for level in levels]
         typer.echo(_over_quantisers(pairs, levels))
     typer.echo(f"Written to {out}")
+
+# %% ../nbs/34_cli.ipynb #5c1a4442
+_Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", help="IVF file to write; of one picture an .avif; of a folder of pictures a folder"
+    ),
+]
+_Speed = Annotated[
+    int, typer.Option("--cpu-used", "--speed", min=0, max=4, help="libaom's speed preset")
+]
+_Budget = Annotated[
+    float, typer.Option(help="BD-rate in percent that may be lost, by the validation pictures")
+]
+_Level = Annotated[int, typer.Option(min=0, max=63, help="constant quality level, 0 is best")]
+_Regret = Annotated[
+    Optional[Path],
+    typer.Option(
+        help="checkpoint of a joint network; the shipped one, trained on regret, if not given"
+    ),
+]
+_Depth = Annotated[
+    Optional[int], typer.Option(help="bits of an AVIF, 8 or 10; 8 where the picture has no more")
+]
+_Chroma = Annotated[
+    Optional[str],
+    typer.Option(help="chroma of an AVIF, 4:2:0 or 4:4:4; the picture's own if not given"),
+]
+
+# %% ../nbs/34_cli.ipynb #9568b913
+@command
+def encode(
+    video: Video,
+    out: _Out,
+    cpu_used: _Speed = 1,
+    budget: _Budget = 1.0,
+    cq_level: _Level = 32,
+    frames: Annotated[
+        int, typer.Option(min=0, help="so many frames from the beginning, 0: all")
+    ] = 0,
+    width: Width = None,
+    height: Height = None,
+    bits: Bits = 10,
+    weights: _Regret = None,
+    policies: Annotated[
+        Optional[Path], typer.Option(help="tuned policies; the shipped ones if not given")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option(help="encode without help, too, and say what was saved")
+    ] = True,
+    all_quantisers: Annotated[
+        bool,
+        typer.Option(
+            "--all-quantisers",
+            help="measure the BD-rate of this video over cq levels 20, 32, 43, 55 (eight encodes)",
+        ),
+    ] = False,
+    stock: Annotated[
+        bool, typer.Option("--stock", help="AVIF without predictions, by the stock library")
+    ] = False,
+    depth: _Depth = None,
+    chroma: _Chroma = None,
+):
+    """Encode a video all intra with predicted partitions, faster, within a BD-rate budget; or
+    pictures as AVIF.
+    """
+    if video.is_dir() or out.suffix.lower() == ".avif":
+        if all_quantisers:
+            raise ValueError("--all-quantisers is for films, not for AVIF")
+        steer = None if stock else (budget, weights, policies)
+        read = dict(bits=depth, subsampling=chroma, width=width, height=height, depth=bits)
+        _encode_stills(video, out, steer, dict(cq_level=cq_level, cpu_used=cpu_used), read)
+        return
+    if stock or depth or chroma:
+        raise ValueError("--stock, --depth and --chroma are for AVIF: give --out a name in .avif")
+    _encode_film(
+        (video, frames or None, width, height, bits),
+        out,
+        (budget, weights, policies),
+        cq_level,
+        cpu_used,
+        compare,
+        all_quantisers,
+    )
 
 # %% ../nbs/34_cli.ipynb #1206fd13
 def _check_python():

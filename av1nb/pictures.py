@@ -88,17 +88,23 @@ class Decoded:
     full: bool  # full range; False: narrow range
     rgb: bool = False  # the planes are R, G, B
     tagged: bool = False  # the file says the range; False: it follows from the kind of file
-    # how many rows and columns of pixels share one chroma sample
+    # how many rows and columns of pixels share one chroma sample; of RGB, in the file
     step: tuple[int, int] = (2, 2)
     turned: str = ""  # what was done because the file's metadata ask for it, in words
     fps: tuple[int, int] | None = None  # frames a second of its film, as a fraction
+    # how far each pixel covers what lies behind it, [rows, columns], 0 to 2**bits − 1
+    alpha: np.ndarray | None = None
+    icc: bytes = b""  # colour profile that the file carries
+    exif: bytes = b""  # EXIF note (TIFF), without the orientation that the planes follow already
+    # primaries, transfer and matrix of the colours by ITU-T H.273; 2 where the file does not say
+    cicp: tuple[int, int, int] = (2, 2, 2)
 
     @property
     def shape(self) -> tuple[int, int]:
         "Height and width in pixels."
         return self.planes[0].shape
 
-
+# %% ../nbs/06_pictures.ipynb #5c1a4431
 def said_of(
     decoded: Decoded,  # a picture
     chroma: bool = True,  # U and V are wanted, too
@@ -202,6 +208,7 @@ def _oriented(decoded, mirror, quarters):
     return replace(
         decoded,
         planes=tuple(np.ascontiguousarray(turn(plane)) for plane in decoded.planes),
+        alpha=decoded.alpha if decoded.alpha is None else turn(decoded.alpha),
         step=decoded.step[::-1] if quarters % 2 else decoded.step,
         turned=" and ".join(said) + ", as its metadata say",
     )
@@ -219,6 +226,27 @@ VIDEO_SUFFIXES = frozenset(
 _NOT_BY_PILLOW = {"MPEG", "AVIF"}
 
 
+def _notes(image):
+    "What a picture of Pillow carries beside its pixels, for `Decoded`."
+    from PIL import Image
+
+    exif, note = image.info.get("exif") or b"", Image.Exif()
+    note.load(exif)
+    if note.pop(0x0112, 1) != 1:
+        exif = note.tobytes()
+    icc = image.info.get("icc_profile") or b""
+    return dict(icc=icc, exif=exif.removeprefix(b"Exif\0\0"), step=_chroma_step(image))
+
+
+def _chroma_step(image):
+    "What a JPEG says of its chroma; other pictures of Pillow have a sample for every pixel."
+    from PIL import JpegImagePlugin
+
+    if not isinstance(image, JpegImagePlugin.JpegImageFile):
+        return 1, 1
+    return {1: (1, 2), 2: (2, 2)}.get(JpegImagePlugin.get_sampling(image), (1, 1))
+
+
 def _picture_file(path):
     "The picture in a file that Pillow reads; None for other files."
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -228,18 +256,22 @@ def _picture_file(path):
         with Image.open(path, formats=[f for f in Image.ID if f not in _NOT_BY_PILLOW]) as image:
             tile = image.tile[0] if image.tile else None
             deep = tile and (";16" in str(tile[3]) or (image.format == "PPM" and tile[0] == "ppm"))
+            notes = _notes(image)
             if deep and image.mode not in ("I", "I;16", "I;16B"):
                 turn = _EXIF.get(image.getexif().get(0x0112), (0, 0))
                 [(_, found)] = _film(path, [0], picture=True)
-                return _oriented(replace(found, fps=None), *turn)
+                notes.pop("step")
+                return _oriented(replace(found, fps=None, **notes), *turn)
             image.load()
             mode, image = image.mode, ImageOps.exif_transpose(image)
             if mode == "F":
                 raise ValueError("its samples are floating-point numbers; save it with integers")
             if mode.startswith("I"):
-                return _sixteen_bits(np.asarray(image))
+                return replace(_sixteen_bits(np.asarray(image)), **notes)
             grey = mode in ("1", "L", "LA")
             pixels = np.asarray(image.convert("L" if grey else "RGB"))
+            if image.has_transparency_data:
+                notes["alpha"] = np.asarray(image.convert("RGBA").getchannel("A"))
     except UnidentifiedImageError:
         return None
     except MemoryError:
@@ -248,7 +280,8 @@ def _picture_file(path):
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         raise ValueError(f"{path} cannot be decoded: {error}.".replace("..", ".")) from error
-    return Decoded((pixels,) if grey else tuple(np.moveaxis(pixels, 2, 0)), 8, True, rgb=not grey)
+    planes = (pixels,) if grey else tuple(np.moveaxis(pixels, 2, 0))
+    return Decoded(planes, 8, True, rgb=not grey, **notes)
 
 
 def _sixteen_bits(samples):
@@ -289,11 +322,21 @@ def _plane(plane, bits, name):
     rows = np.frombuffer(plane, dtype).reshape(-1, plane.line_size // dtype.itemsize)
     return rows[: plane.height, : plane.width].astype(dtype.newbyteorder("="))
 
+# %% ../nbs/06_pictures.ipynb #5c1a4432
+def _alpha(frame):
+    "The plane of a picture of 16 bits that says how far it covers; None if it has none."
+    if not any(c.is_alpha and c.bits > 8 for c in frame.format.components):
+        return None
+    whole = frame.reformat(format="gbrap16le", src_color_range="MPEG", dst_color_range="MPEG")
+    return _plane(whole.planes[3], 16, "gbrap16le")
+
 
 def _decoded(frame, picture):
     "A frame of FFmpeg as it is; `picture`: it comes from a picture file."
     tag = int(frame.color_range)  # 0 unknown, 1 narrow, 2 full
     tag = 2 if frame.format.name.startswith("yuvj") else tag if tag in (1, 2) else 0
+    alpha = _alpha(frame) if picture else None
+    cicp = tuple(int(n) for n in (frame.color_primaries, frame.color_trc, frame.colorspace))
     if not _PLANAR.fullmatch(frame.format.name):
         # equal ranges: nothing is scaled
         frame = frame.reformat(
@@ -314,6 +357,8 @@ def _decoded(frame, picture):
         rgb=rgb,
         tagged=tag > 0,
         step=step,
+        alpha=alpha,
+        cicp=cicp,
     )
     return decoded
 

@@ -275,6 +275,8 @@ def encode_masked(
     bit_depth: int = 10,  # 8 or 10
     # further options of libaom, see `encode`; superblocks have 64×64 pixels unless sb-size is named
     options: Mapping | None = None,
+    # monochrome, subsampling and tags, as in `encode`
+    colour: Mapping | None = None,
     threads: int = 1,  # encoder threads
     log: bool = False,  # keep what the search found
     # let no type be given up as too dear, so that every cost in the log is known; slow
@@ -308,6 +310,7 @@ def encode_masked(
             options=options,
             threads=threads,
             libaom=encoder,
+            **(colour or {}),
             **settings,
         )
         wall = time.perf_counter() - start
