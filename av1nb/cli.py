@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Video', 'Weights', 'RunDir', 'Scheduler', 'Width', 'Height', 'Bits', 'Preset', 'Mode', 'Superblock', 'UNTOLD',
-           'PARTS', 'command', 'demo', 'run', 'train_joint', 'compare', 'bench', 'label', 'predict', 'evaluate', 'view',
-           'encode', 'examine', 'doctor']
+           'Streams', 'Networks', 'Sources', 'PARTS', 'command', 'demo', 'run', 'train_joint', 'compare', 'bench',
+           'label', 'predict', 'evaluate', 'view', 'encode', 'examine', 'doctor']
 
 # %% ../nbs/34_cli.ipynb #7ba53f7e
 import functools
@@ -472,43 +472,49 @@ def _evaluate_folder(folder, loaded, told, sources, out):
         listed = "".join(f"\n  {name}: {reason}" for name, reason in broken.items())
         raise RuntimeError(f"{len(broken)} streams could not be read and are not in it:{listed}")
 
+# %% ../nbs/34_cli.ipynb #e83a6c27
+Streams = Annotated[
+    Path,
+    typer.Argument(
+        help=(
+            "AV1 stream whose coded types are the truth, or a folder of streams, whose subfolders"
+            " are kinds of material"
+        )
+    ),
+]
+Networks = Annotated[
+    Optional[list[Path]],
+    typer.Option(
+        "--weights",
+        help=(
+            "checkpoint of a joint network; the shipped one if not given. For a folder several"
+            " times, for several seeds"
+        ),
+    ),
+]
+Sources = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--video",
+        help=(
+            "picture or film that was encoded, for a folder of streams a folder of them, by the"
+            " beginning of the stream's name; the decoder's pictures if not given"
+        ),
+    ),
+]
+
 # %% ../nbs/34_cli.ipynb #e83a6c25
 @command
 def evaluate(
-    stream: Annotated[
-        Path,
-        typer.Argument(
-            help=(
-                "AV1 stream whose coded types are the truth, or a folder of streams, whose"
-                " subfolders"
-                " are kinds of material"
-            )
-        ),
-    ],
-    weights: Annotated[
-        Optional[list[Path]],
-        typer.Option(
-            help=(
-                "checkpoint of a joint network; the shipped one if not given. For a folder several"
-                " times, for several seeds"
-            )
-        ),
-    ] = None,
+    stream: Streams,
+    weights: Networks = None,
     run_dir: Annotated[
         Optional[Path],
         typer.Option(
             "--run-dir", help="ask the cascade of this run, or its joint network if it has no other"
         ),
     ] = None,
-    video: Annotated[
-        Optional[Path],
-        typer.Option(
-            help=(
-                "picture or film that was encoded, for a folder of streams a folder of them, by the"
-                " beginning of the stream's name; the decoder's pictures if not given"
-            )
-        ),
-    ] = None,
+    video: Sources = None,
     frames: Annotated[
         int, typer.Option(min=0, help="so many intra frames from the beginning, 0: all")
     ] = 0,

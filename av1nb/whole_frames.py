@@ -612,7 +612,7 @@ def pictures_said(
         )
     return said
 
-
+# %% ../nbs/25_whole_frames.ipynb #bbb445ff
 def _repeated(planes, conditions, bit_depth):
     "Node tables of the repetitions of one frame."
     level = min(range(64), key=lambda level: abs(qindex_of(level) - conditions.qindex))
@@ -658,7 +658,7 @@ def stream_frames(
     if frame is None:
         raise ValueError(f"{stream} has no intra frame that is shown")
 
-# %% ../nbs/25_whole_frames.ipynb #44f1e57d
+# %% ../nbs/25_whole_frames.ipynb #239b6882
 def _looks(luma):
     """Means of 16×16 parts of a picture, float [256], of mean 0 and length 1; all 0 without any
     detail.
