@@ -457,11 +457,12 @@ def train_stage(
     seed: int = 42,  # of weights, batches and augmentation; a member adds its number
     resume: bool = True,  # continue an interrupted training of the same settings
     progress: bool = True,  # show a progress bar
+    # a loss of one's own: objective(recipe, counts, model, hierarchy) → `losses.Objective`
+    objective: Callable | None = None,
 ) -> tuple[StageModel, History]:  # the network with its best weights, and the epochs
     """Train one network and keep its files in `models`.
 
-    Raises `FileNotFoundError` if the checkpoint it starts from is missing, and what `training.fit`
-    raises.
+    Raises what `starting_network` and `training.fit` raise.
     """
     hierarchy = find_hierarchy(hierarchy)
     (blocks, labels), (val_blocks, val_labels) = data["train"], data["val"]
@@ -495,12 +496,13 @@ def train_stage(
         "size": blocks.size,
         "margin": blocks.margin,
         "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()},
+        **({"objective": objective.__qualname__} if objective else {}),
     }
     history = fit(
         model,
         train,
         val,
-        make_objective(recipe, counts, model, hierarchy),
+        (objective or make_objective)(recipe, counts, model, hierarchy),
         Score(model.class_names),
         config,
         models,

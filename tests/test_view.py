@@ -26,7 +26,6 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 ROOT = Path(__file__).parent.parent
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-NETWORKS = ["joint", "regret"]
 
 
 @contextmanager
