@@ -474,7 +474,7 @@ class TileBatches:
                 for i, row in enumerate(rows)
                 for j, col in enumerate(cols)
             ]
-        table = torch.tensor(places)
+        table = torch.tensor(places, device=frames.luma.device)
         # skip: rows and columns that the crop before has covered
         self.places, self.skip = table[:, :3], torch.stack([table[:, 3], table[:, 4]], 1)
 
@@ -486,15 +486,15 @@ class TileBatches:
             self.places.split(self.batch_size), self.skip.split(self.batch_size)
         ):
             x, types, qindex, *regrets = self.frames.crop(
-                *places.unbind(1), torch.zeros(len(places), dtype=torch.int64)
+                *places.unbind(1), torch.zeros_like(places[:, 0])
             )
             side, levels = self.frames.side, self.frames.levels
             for size, cells in cell_slices(side, side, levels).items():
-                n = self.frames.side // size
-                old = (torch.arange(n)[None, :, None] * size < skip[:, :1, None]) | (
-                    torch.arange(n)[None, None] * size < skip[:, 1:, None]
+                start = torch.arange(0, side, size, device=skip.device)
+                old = (start[None, :, None] < skip[:, :1, None]) | (
+                    start[None, None] < skip[:, 1:, None]
                 )
-                old = old.flatten(1).to(types.device)
+                old = old.flatten(1)
                 types[:, cells] = types[:, cells].masked_fill(old, -1)
                 for values in regrets:
                     values[:, cells] = values[:, cells].masked_fill(old[..., None], torch.nan)

@@ -147,6 +147,8 @@ def train_joint(
     progress: bool = True,  # show a progress bar
     power: float = 1.0,  # of the superblocks of a recording, see `CropBatches`
     detail: float = 0.0,  # share of crops drawn by their nodes of 16×16, see `CropBatches`
+    # crops of a validation batch, as many as memory holds; None: as many as of a training batch
+    val_batch_size: int | None = None,
     # of `JointModel`: flat, widths, depths, dropout, qindex, context, conditions, superblock
     **settings,
 ):
@@ -166,7 +168,7 @@ def train_joint(
     history = fit(
         model,
         CropBatches(train, config.batch_size, config.seed, symmetries, *process(), power, detail),
-        TileBatches(val, config.batch_size),
+        TileBatches(val, val_batch_size or config.batch_size),
         objective or TreeLikelihood([1.0] * len(train.levels)),
         lambda logits, labels: tree_scores(logits, labels, train.side, train.levels),
         config,
@@ -279,7 +281,10 @@ def train_run(
     run_dir = from_root(run_dir)
     if crops is None:
         sets, pictures = read_run(run_dir)
-        crops = {split: FrameSet(pictures[split], recipe.side) for split in ("train", "val")}
+        device = pick_device(recipe.device)  # of this process, where all frames then are
+        crops = {
+            split: FrameSet(pictures[split], recipe.side, device) for split in ("train", "val")
+        }
         split_hash = sets["test"].split_hash
     else:
         split_hash = read_metadata(run_dir / "dataset")["split_hash"]
@@ -320,8 +325,9 @@ def train_material(
     weights = list(recipe.level_weights)
     levels = LARGE_LEVELS if len(weights) == len(LARGE_LEVELS) else LEVELS
     materials = None if materials is None else sorted(materials)
+    device = pick_device(recipe.device)  # of this process, where all frames then are
     train, val = (
-        FrameSet(load_material(folder, [split], materials), recipe.side, levels=levels)
+        FrameSet(load_material(folder, [split], materials), recipe.side, device, levels=levels)
         for split in ("train", "val")
     )
     table = material_table(folder)

@@ -519,14 +519,14 @@ class CenterLoss(nn.Module):
     ) -> torch.Tensor:  # [B, C], rows sum to 1
         "How much each sample belongs to each class."
         n_classes, dtype = len(self.centers), self.centers.dtype
+        eye = torch.eye(n_classes, dtype=dtype, device=self.centers.device)
         if isinstance(target, MixedLabels):
             for labels in (target.y_a, target.y_b):
                 check_labels(labels, n_classes, "CenterLoss")
             lam = target.lam.to(dtype)[:, None]
-            one, other = (F.one_hot(y, n_classes) for y in (target.y_a, target.y_b))
-            return lam * one + (1 - lam) * other
+            return lam * eye[target.y_a] + (1 - lam) * eye[target.y_b]
         check_labels(target, n_classes, "CenterLoss")
-        return F.one_hot(target, n_classes).to(dtype)
+        return eye[target]
 
     @torch.no_grad()
     def update(

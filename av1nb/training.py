@@ -7,8 +7,9 @@ __all__ = ['PROVENANCE', 'TRAINING_FILES', 'TrainingError', 'TrainConfig', 'proc
            'set_seed', 'rng_state', 'set_rng_state', 'save_torch', 'open_groups', 'parameter_groups', 'modules_of',
            'train_mode', 'make_scheduler', 'History', 'should_stop', 'not_finite', 'memory_explained',
            'interruption_explained', 'NoBar', 'is_watched', 'progress_bar', 'SharedBatchNorm', 'Processes', 'leave',
-           'running_average', 'timed_batches', 'TrainingState', 'TrainingStep', 'Trainer', 'complete_provenance',
-           'checkpoint', 'save_stage', 'refuse_difference', 'fit']
+           'average_weight', 'RunningAverage', 'Waits', 'timed_batches', 'record_cuda_graph', 'Recorded',
+           'TrainingState', 'TrainingStep', 'Trainer', 'complete_provenance', 'checkpoint', 'save_stage',
+           'refuse_difference', 'fit']
 
 # %% ../nbs/15_training.ipynb #f18b5819
 import io
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from . import __version__
+from .augment import MixedLabels
 from .backbones import layer_groups as backbone_layer_groups
+from .datasets import values_checked
 from .heads import read_checkpoint
 from .files import atomic_file, read_tensors, require_fields, save_json
 
@@ -67,6 +70,8 @@ def _rules(config):
         "patience": (config.patience >= 0, "0 (never stop early) or more"),
         "mode": (config.mode in ("max", "min"), "'max' or 'min'"),
         "amp": (config.amp in (True, False, "auto"), "True, False or 'auto'"),
+        "read_every": (config.read_every >= 0, "0 (by the device) or more"),
+        "capture": (config.capture in ("off", "graph", "compile"), "'off', 'graph' or 'compile'"),
     }
 
 # %% ../nbs/15_training.ipynb #dd67de2d
@@ -115,6 +120,11 @@ class TrainConfig:
     # "auto", "cpu", "cuda" or "cuda:<n>"; with several processes "auto" and "cuda" are each one's
     # own GPU
     device: str = "auto"
+    # steps between two looks at losses and norms; 0: 50 on a GPU, where each look waits for it, and
+    # 1 on a CPU
+    read_every: int = 0
+    # "off"; "graph": forward and backward pass as one CUDA graph; "compile": torch.compile
+    capture: str = "off"
     seed: int = 42  # seed of everything random in the training
     # continue from a state file if there is one; False: start afresh and overwrite it
     resume: bool = True
@@ -223,6 +233,7 @@ def set_seed(
     # cuBLAS is deterministic only with a fixed workspace
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
 
 # %% ../nbs/15_training.ipynb #d1dec3be
@@ -444,11 +455,12 @@ def not_finite(
     epoch: int,  # from 1
     batch: int,  # in that epoch, from 1
     config: TrainConfig,  # its rates are what to lower
-    # the batches; their `batch_ids` and `blocks.where`, where present, say which blocks these are
+    # the batches; their `blocks.where`, where present, says which blocks these are
     source: Iterable | None = None,
+    ids: Sequence[int] | None = None,  # positions of the blocks of that batch
 ) -> TrainingError:
     "The error for a loss or gradient that is NaN or infinite."
-    ids, blocks, named = getattr(source, "batch_ids", None), getattr(source, "blocks", None), ""
+    blocks, named = getattr(source, "blocks", None), ""
     if ids is not None:
         ids = torch.as_tensor(ids).tolist()
         named = (
@@ -769,33 +781,99 @@ def leave():
         torch.distributed.destroy_process_group()
 
 # %% ../nbs/15_training.ipynb #62c48d0e
-def running_average(
+def average_weight(
     decay: float,  # weight of the past in the long run, in (0, 1)
-    mean: torch.Tensor,  # average so far
-    value: torch.Tensor,  # of this step
     steps: int,  # steps before this one
-) -> torch.Tensor:
-    """Exponential average that forgets faster at first, so that the beginning does not linger;
+) -> float:
+    """Weight of this step in an exponential average that forgets faster at first, so that the
+    beginning does not linger.
+    """
+    past = np.float32(1 + steps) / np.float32(10 + steps)
+    # in 32 bits, as the weights are
+    return 1 - decay if decay <= past else float(np.float32(1) - past)
+
+
+class RunningAverage(AveragedModel):
+    """Exponential average of a model's parameters and buffers, all in one operation a step;
     counters and other integers are taken as they are.
     """
-    if not mean.is_floating_point():
-        return value
-    return torch.lerp(mean, value.to(mean.dtype), 1 - min(decay, (1 + steps) / (10 + steps)))
+
+    def __init__(
+        self,
+        model: nn.Module,  # whose copy it begins with; it stays where it is
+        decay: float,  # weight of the past in the long run, in (0, 1)
+    ):
+        super().__init__(model, use_buffers=True)
+        self.decay, self.steps = decay, 0
+
+        def tensors(module):
+            return [p.detach() for p in chain(module.parameters(), module.buffers())]
+
+        both = list(zip(tensors(self.module), tensors(model)))
+        self.means, self.values = zip(*(pair for pair in both if pair[0].is_floating_point()))
+        self.counters = [pair for pair in both if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update_parameters(
+        self,
+        model: nn.Module,  # the model that it began with
+    ):
+        "Take in one step. Nothing is read from the device: the number of steps is kept here."
+        weight = average_weight(self.decay, self.steps) if self.steps else 1.0
+        torch._foreach_lerp_(self.means, self.values, weight)
+        for mean, value in self.counters:
+            mean.copy_(value)
+        self.steps += 1
+        self.n_averaged += 1
+
+    def load_state_dict(
+        self,
+        state: dict,  # what `state_dict` returned
+    ):
+        "Continue from `state`."
+        super().load_state_dict(state)
+        self.steps = int(self.n_averaged)
 
 # %% ../nbs/15_training.ipynb #01a8724a
+class Waits:
+    "How long steps waited for their batches; nothing waits for the device before `seconds`."
+
+    def __init__(
+        self,
+        device: torch.device,  # where the batches are needed
+    ):
+        self.cuda, self.marks = device.type == "cuda", []
+
+    def mark(self):
+        "The end of a step, or of the wait for the next batch, in turns."
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        "All waits since the last call; the device must have come to the last mark."
+        pairs = list(zip(self.marks[::2], self.marks[1::2]))
+        self.marks = self.marks[2 * len(pairs) :]
+        if self.cuda:
+            return sum(first.elapsed_time(second) for first, second in pairs) / 1000
+        return sum(second - first for first, second in pairs)
+
+
 def timed_batches(
     source: Iterable,  # batches with a length
     device: torch.device,  # where they are put
-) -> Iterator[tuple[int, list[torch.Tensor], float]]:
-    "Yields (number from 1, batch on the device, seconds waited for it)."
-    number, started = 0, time.perf_counter()
+    waits: Waits | None = None,  # where the waits for them are noted
+) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    "Yields (number from 1, batch on the device)."
+    number, waits = 0, Waits(device) if waits is None else waits
+    waits.mark()
     for number, batch in enumerate(source, 1):
         batch = [part.to(device, non_blocking=True) for part in batch]
-        # else the step would pay for the batch
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        yield number, batch, time.perf_counter() - started
-        started = time.perf_counter()
+        waits.mark()
+        yield number, batch
+        waits.mark()
     if number != len(source):
         raise ValueError(
             f"The batches say that they are {len(source)} but {number} came; their length must"
@@ -834,6 +912,117 @@ def _share_weights(model, objective, from_main):
                     lambda: {name: value.cpu() for name, value in module.state_dict().items()}
                 )
             )
+
+
+def _require_labels(train, model):
+    """Whether all labels are known to be classes of the model, so that no batch needs to be asked.
+
+    Raises ValueError if one is not.
+    """
+    highest, names = getattr(train, "highest_label", None), getattr(model, "class_names", None)
+    if highest is None or names is None:
+        return False
+    if highest >= len(names):
+        raise ValueError(
+            f"The training blocks have the label {highest}, but the model has the"
+            f" {len(names)} classes {', '.join(names)}."
+        )
+    return True
+
+
+def _require_capture(capture, device, world):
+    "`ValueError` where a step cannot be captured in the way that was asked for."
+    if capture != "off" and world > 1:
+        raise ValueError(
+            f"capture={capture!r} is for one process, but there are {world}; use capture='off'."
+        )
+    if capture == "graph" and device.type != "cuda":
+        raise ValueError(
+            f"capture='graph' needs a CUDA device, but this is {device.type}; use 'compile' or"
+            " 'off'."
+        )
+
+# %% ../nbs/15_training.ipynb #031527e1
+def _tensors(batch):
+    "The tensors of a batch, one after the other, also those of mixed labels."
+    return [
+        part
+        for entry in batch
+        for part in (
+            (entry.y_a, entry.y_b, entry.lam) if isinstance(entry, MixedLabels) else (entry,)
+        )
+    ]
+
+
+def record_cuda_graph(
+    # called without arguments, reads and writes tensors that stay where they are
+    function: Callable,
+) -> tuple[Callable, object]:  # replay(), and what the function returned: filled by each replay
+    "A function as a CUDA graph, run three times before it is recorded."
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
+
+
+class Recorded:
+    """Forward and backward pass of batches of one size, recorded once and replayed.
+
+    NVIDIA, CUDA C++ Programming Guide, section CUDA Graphs.
+    """
+
+    def __init__(
+        self,
+        gradients: Callable,  # gradients(batch) -> loss; puts gradients into the parameters
+        parameters: Sequence[nn.Parameter],  # whose gradients it makes
+        modules: Sequence[nn.Module],  # whose buffers it changes
+        record: Callable = record_cuda_graph,  # how a function is recorded
+    ):
+        self.gradients, self.parameters, self.modules = gradients, parameters, modules
+        self.record, self.key = record, None
+
+    def __call__(
+        self,
+        batch: Sequence[torch.Tensor],  # (x, target, *inputs) on the device
+    ) -> torch.Tensor:  # the loss
+        "What `gradients(batch)` gives, by a replay."
+        parts = _tensors(batch)
+        # layers that opened or closed since make it another function
+        key = [(p.shape, p.dtype) for p in parts] + [p.requires_grad for p in self.parameters]
+        if key != self.key:
+            self._record(batch)
+            self.key = key
+        for own, part in zip(self.inputs, parts):
+            own.copy_(part)
+        self.replay()
+        for parameter, gradient in zip(self.parameters, self.recorded):
+            parameter.grad = gradient
+        return self.loss.clone()
+
+    def _record(self, batch):
+        "Record the function on tensors of its own, and put back what that changes."
+        own = [
+            (
+                MixedLabels(part.y_a.clone(), part.y_b.clone(), part.lam.clone())
+                if isinstance(part, MixedLabels)
+                else part.clone()
+            )
+            for part in batch
+        ]
+        buffers = [b for module in self.modules for b in module.buffers()]
+        before, random = [b.clone() for b in buffers], rng_state()
+        self.inputs = _tensors(own)
+        self.replay, self.loss = self.record(lambda: self.gradients(own))
+        self.recorded = [parameter.grad for parameter in self.parameters]
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
+        set_rng_state(random)
 
 # %% ../nbs/15_training.ipynb #6d3a4c30
 class TrainingState:
@@ -876,14 +1065,19 @@ class TrainingState:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        # 1 from the first number on that is not finite; steps are then withheld
+        self.bad = torch.zeros((), device=self.device)
         self.scheduler = make_scheduler(self.optimizer, config, len(train))
         self.dtype = autocast_dtype(self.device, config.amp)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        self.averaged = (
-            AveragedModel(model, avg_fn=partial(running_average, config.average), use_buffers=True)
-            if config.average
-            else None
-        )
+        if not self.scaler.is_enabled():
+            self.optimizer.found_inf = self.bad
+        self.averaged = RunningAverage(model, config.average) if config.average else None
+        self.known = _require_labels(train, model)
+        _require_capture(config.capture, self.device, world)
+        # what the objective calls in training
+        self.running = torch.compile(model) if config.capture == "compile" else model
 
     @property
     def kept(self) -> nn.Module:
@@ -902,6 +1096,19 @@ class TrainingState:
 class TrainingStep(TrainingState):
     "One update of the weights, and the state that it changes."
 
+    def __init__(
+        self,
+        *args,  # of `TrainingState`
+        **settings,  # of `TrainingState`
+    ):
+        super().__init__(*args, **settings)
+        modules = [m for m in (self.model, self.objective) if isinstance(m, nn.Module)]
+        self.recorded = (
+            Recorded(self.gradients, self.parameters, modules)
+            if self.config.capture == "graph"
+            else None
+        )
+
     def predict(
         self,
         model: nn.Module,  # the one trained, or the one kept
@@ -911,37 +1118,43 @@ class TrainingStep(TrainingState):
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             return self.objective(model, *batch)
 
+    def gradients(
+        self,
+        batch: Sequence[torch.Tensor],  # (x, target, *inputs) on the device
+    ) -> torch.Tensor:  # the loss, scalar
+        "Forward and backward pass: the gradients, scaled, are where the optimiser finds them."
+        with values_checked(self.known):
+            loss, _ = self.predict(*(
+                self.processes.divide(self.model, batch, self.divided)
+                if self.processes
+                else (self.running, batch)
+            ))
+        if self.scaler.is_enabled():  # poison the gradients of all steps from a bad loss on
+            torch.maximum(self.bad, _not_finite(loss), out=self.bad)
+            loss = loss.masked_fill(self.bad > 0, torch.nan)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
     def step(
         self,
         batch: Sequence[torch.Tensor],  # (x, target, *inputs) on the device
-        epoch: int,  # from 1, for the message
-        number: int,  # of the batch, from 1, for the message
-    ) -> float:
-        "One update of the weights; returns the loss."
-        where = (epoch, number, self.config, self.train)
-        loss, _ = self.predict(*(
-            self.processes.divide(self.model, batch, self.divided)
-            if self.processes
-            else (self.model, batch)
-        ))
-        if not torch.isfinite(loss):
-            raise not_finite("training loss", *where)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # loss and norm of the gradient, scalars on the device
+        "One update of the weights, withheld from the first loss or norm on that is not finite."
+        whole = self.recorded is not None and len(batch[0]) == self.config.batch_size
+        loss = self.recorded(batch) if whole else self.gradients(batch)
         if self.processes:
-            self.processes.average(parameters)
+            self.processes.average(self.parameters)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf)
-        # a scaler skips such steps itself
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):
-            raise not_finite("gradient", *where)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
+        if not self.scaler.is_enabled():
+            torch.maximum(self.bad, _not_finite(loss + norm), out=self.bad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
-        return loss.item()
+        return loss, norm
 
     def state_dict(self) -> dict:
         "Everything that a training step changes, except the generators of random numbers."
@@ -968,6 +1181,11 @@ class TrainingStep(TrainingState):
         self.scaler.load_state_dict(state["scaler"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
+
+
+def _not_finite(number):
+    "1 for NaN and infinity, else 0, as a scalar of 32 bits on the device."
+    return (~torch.isfinite(number)).float()
 
 # %% ../nbs/15_training.ipynb #810daaa4
 def _own_seed(seed, rank, epoch):
@@ -1000,6 +1218,11 @@ class Trainer(TrainingStep):
     memory runs out, `ValueError` when settings and batches disagree.
     """
 
+    @property
+    def read_every(self) -> int:
+        "Steps between two looks at the numbers on the device."
+        return self.config.read_every or (1 if self.device.type == "cpu" else 50)
+
     def train_epoch(
         self,
         epoch: int,  # from 1
@@ -1009,12 +1232,16 @@ class Trainer(TrainingStep):
         batch, and times.
         """
         started, waited, total, blocks = time.perf_counter(), 0.0, 0.0, 0
-        n_open = _begin_epoch(self, epoch)
-        for number, batch, seconds in timed_batches(self.train, self.device):
-            n = len(batch[0])
-            total += self.step(batch, epoch, number) * n
-            blocks, waited = blocks + n, waited + seconds
-            bar.set_postfix({"loss": f"{total / blocks:.4f}", **self.shown}, refresh=False)
+        n_open, waits, steps = _begin_epoch(self, epoch), Waits(self.device), []
+        for number, batch in timed_batches(self.train, self.device, waits):
+            ids = getattr(self.train, "batch_ids", None)
+            steps.append((number, len(batch[0]), ids, *self.step(batch)))
+            if number % self.read_every == 0 or number == len(self.train):
+                for n, loss in self.read(steps, epoch):
+                    total, blocks = total + loss * n, blocks + n
+                waited, steps = waited + waits.seconds(), []
+                shown = {"loss": f"{total / blocks:.4f}", **self.shown}
+                bar.set_postfix(shown, refresh=False)
             bar.update()
         seconds = time.perf_counter() - started
         rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
@@ -1027,6 +1254,22 @@ class Trainer(TrainingStep):
             "data_share": waited / seconds,
         }
 
+    def read(
+        self,
+        steps: Sequence[tuple],  # (number, blocks, their positions or None, loss, norm) of each
+        epoch: int,  # from 1, for the message
+    ) -> list[tuple[int, float]]:  # blocks and loss of each step
+        "Look at the numbers of some steps, all at once; raises for the first that is not finite."
+        values = torch.stack([part for step in steps for part in step[3:]]).tolist()
+        for (number, _, ids, *_), loss, norm in zip(steps, values[::2], values[1::2]):
+            what = None if math.isfinite(loss) else "training loss"
+            # a scaler skips steps with such a gradient itself
+            if what is None and not self.scaler.is_enabled() and not math.isfinite(norm):
+                what = "gradient"
+            if what:
+                raise not_finite(what, epoch, number, self.config, self.train, ids)
+        return [(step[1], loss) for step, loss in zip(steps, values[::2])]
+
     @torch.inference_mode()
     def validate(
         self,
@@ -1037,15 +1280,21 @@ class Trainer(TrainingStep):
         self.kept.eval()
         if isinstance(self.objective, nn.Module):
             self.objective.eval()
-        total, logits, labels = 0.0, [], []
-        for number, batch, _ in timed_batches(self.val, self.device):
+        losses, ids, logits, labels = [], [], [], []
+        for _, batch in timed_batches(self.val, self.device):
             loss, output = self.predict(self.kept, batch)
-            if not torch.isfinite(loss):
-                raise not_finite("validation loss", epoch, number, self.config, self.val)
-            total += loss.item() * len(output)
-            logits.append(output.float().cpu())
-            labels.append(batch[1].cpu())
+            losses.append(loss)
+            ids.append(getattr(self.val, "batch_ids", None))
+            # a copy that is not waited for; it has arrived when the losses, sent later, are read
+            logits.append(output.float().to("cpu", non_blocking=True))
+            labels.append(batch[1].to("cpu", non_blocking=True))
             bar.update()
+        losses, total = torch.stack(losses).tolist(), 0.0
+        for number, (loss, output) in enumerate(zip(losses, logits)):
+            if not math.isfinite(loss):
+                where = (epoch, number + 1, self.config, self.val, ids[number])
+                raise not_finite("validation loss", *where)
+            total += loss * len(output)
         labels = torch.cat(labels)
         scores = {
             name: float(value)
@@ -1146,7 +1395,8 @@ def _identity(trainer, provenance):
     settings = {
         name: value
         for name, value in asdict(trainer.config).items()
-        if name not in ("resume", "device")
+        # what changes no number
+        if name not in ("resume", "device", "read_every", "capture")
     }
     return {
         **settings,

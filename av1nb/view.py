@@ -458,7 +458,8 @@ def train_watched(
         batches.set_epoch(epoch)
         for number, batch in enumerate(batches, 1):
             model.train()
-            losses.append(trainer.step(batch, epoch, number))
+            step = (number, len(batch[0]), None, *trainer.step(batch))
+            losses += [loss for _, loss in trainer.read([step], epoch)]
             steps += 1
             now = time.perf_counter()
             if (ended := now - began >= seconds) or now - last >= every:
