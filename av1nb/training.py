@@ -8,8 +8,8 @@ __all__ = ['PROVENANCE', 'TRAINING_FILES', 'TrainingError', 'TrainConfig', 'proc
            'train_mode', 'make_scheduler', 'History', 'should_stop', 'not_finite', 'memory_explained',
            'interruption_explained', 'NoBar', 'is_watched', 'progress_bar', 'SharedBatchNorm', 'Processes', 'leave',
            'average_weight', 'RunningAverage', 'Waits', 'timed_batches', 'record_cuda_graph', 'Recorded',
-           'TrainingState', 'TrainingStep', 'Trainer', 'complete_provenance', 'checkpoint', 'save_stage',
-           'refuse_difference', 'fit']
+           'TrainingState', 'KeptState', 'TrainingStep', 'Readings', 'Trainer', 'complete_provenance', 'checkpoint',
+           'save_stage', 'refuse_difference', 'fit']
 
 # %% ../nbs/15_training.ipynb #f18b5819
 import io
@@ -970,7 +970,7 @@ def record_cuda_graph(
         result = function()
     return graph.replay, result
 
-
+# %% ../nbs/15_training.ipynb #2d35d45c
 class Recorded:
     """Forward and backward pass of batches of one size, recorded once and replayed.
 
@@ -1092,8 +1092,43 @@ class TrainingState:
         value = function() if self.main else None
         return self.processes.send(value) if self.processes else value
 
+# %% ../nbs/15_training.ipynb #64801041
+class KeptState(TrainingState):
+    "The state of a training as plain values and tensors, and back."
+
+    def state_dict(self) -> dict:
+        "Everything that a training step changes, except the generators of random numbers."
+        own = self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
+        return {
+            "model": self.model.state_dict(),
+            "objective": own,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "averaged": self.averaged.state_dict() if self.averaged is not None else {},
+        }
+
+    def load_state_dict(
+        self,
+        state: dict,  # what `state_dict` returned
+    ):
+        "Continue from `state`."
+        self.model.load_state_dict(state["model"])
+        if isinstance(self.objective, nn.Module):
+            self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+
+
+def _not_finite(number):
+    "1 for NaN and infinity, else 0, as a scalar of 32 bits on the device."
+    return (~torch.isfinite(number)).float()
+
 # %% ../nbs/15_training.ipynb #8a8d3770
-class TrainingStep(TrainingState):
+class TrainingStep(KeptState):
     "One update of the weights, and the state that it changes."
 
     def __init__(
@@ -1156,36 +1191,30 @@ class TrainingStep(TrainingState):
             self.averaged.update_parameters(self.model)
         return loss, norm
 
-    def state_dict(self) -> dict:
-        "Everything that a training step changes, except the generators of random numbers."
-        own = self.objective.state_dict() if isinstance(self.objective, nn.Module) else {}
-        return {
-            "model": self.model.state_dict(),
-            "objective": own,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "averaged": self.averaged.state_dict() if self.averaged is not None else {},
-        }
+# %% ../nbs/15_training.ipynb #c8020058
+class Readings(TrainingStep):
+    "Steps whose losses and norms are looked at together, every so many steps."
 
-    def load_state_dict(
+    @property
+    def read_every(self) -> int:
+        "Steps between two looks at the numbers on the device."
+        return self.config.read_every or (1 if self.device.type == "cpu" else 50)
+
+    def read(
         self,
-        state: dict,  # what `state_dict` returned
-    ):
-        "Continue from `state`."
-        self.model.load_state_dict(state["model"])
-        if isinstance(self.objective, nn.Module):
-            self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
-
-
-def _not_finite(number):
-    "1 for NaN and infinity, else 0, as a scalar of 32 bits on the device."
-    return (~torch.isfinite(number)).float()
+        steps: Sequence[tuple],  # (number, blocks, their positions or None, loss, norm) of each
+        epoch: int,  # from 1, for the message
+    ) -> list[tuple[int, float]]:  # blocks and loss of each step
+        "Look at the numbers of some steps, all at once; raises for the first that is not finite."
+        values = torch.stack([part for step in steps for part in step[3:]]).tolist()
+        for (number, _, ids, *_), loss, norm in zip(steps, values[::2], values[1::2]):
+            what = None if math.isfinite(loss) else "training loss"
+            # a scaler skips steps with such a gradient itself
+            if what is None and not self.scaler.is_enabled() and not math.isfinite(norm):
+                what = "gradient"
+            if what:
+                raise not_finite(what, epoch, number, self.config, self.train, ids)
+        return [(step[1], loss) for step, loss in zip(steps, values[::2])]
 
 # %% ../nbs/15_training.ipynb #810daaa4
 def _own_seed(seed, rank, epoch):
@@ -1207,7 +1236,7 @@ def _begin_epoch(trainer, epoch):
     return n_open
 
 # %% ../nbs/15_training.ipynb #43745a33
-class Trainer(TrainingStep):
+class Trainer(Readings):
     """The training loop of every stage: for each batch predict, loss, backward, step.
 
     `train` and `val` have a length and yield (x, target, further inputs of the model…).
@@ -1217,11 +1246,6 @@ class Trainer(TrainingStep):
     process and are divided here. Raises `TrainingError` when loss or gradient are not finite or
     memory runs out, `ValueError` when settings and batches disagree.
     """
-
-    @property
-    def read_every(self) -> int:
-        "Steps between two looks at the numbers on the device."
-        return self.config.read_every or (1 if self.device.type == "cpu" else 50)
 
     def train_epoch(
         self,
@@ -1253,22 +1277,6 @@ class Trainer(TrainingStep):
             "data_seconds": waited,
             "data_share": waited / seconds,
         }
-
-    def read(
-        self,
-        steps: Sequence[tuple],  # (number, blocks, their positions or None, loss, norm) of each
-        epoch: int,  # from 1, for the message
-    ) -> list[tuple[int, float]]:  # blocks and loss of each step
-        "Look at the numbers of some steps, all at once; raises for the first that is not finite."
-        values = torch.stack([part for step in steps for part in step[3:]]).tolist()
-        for (number, _, ids, *_), loss, norm in zip(steps, values[::2], values[1::2]):
-            what = None if math.isfinite(loss) else "training loss"
-            # a scaler skips steps with such a gradient itself
-            if what is None and not self.scaler.is_enabled() and not math.isfinite(norm):
-                what = "gradient"
-            if what:
-                raise not_finite(what, epoch, number, self.config, self.train, ids)
-        return [(step[1], loss) for step, loss in zip(steps, values[::2])]
 
     @torch.inference_mode()
     def validate(
