@@ -431,7 +431,7 @@ class CropBatches:
             chosen = torch.multinomial(self.nodes, int(fine.sum()), True, generator=generator)
             for values, own in zip((recording, row, col), self.places):
                 values[fine] = own[chosen]
-        return [recording, row, col, symmetry, fine]
+        return [v.to(frames.luma.device) for v in (recording, row, col, symmetry, fine)]
 
     def __iter__(self):
         drawn = [values.reshape(len(self), self.world, -1)[:, self.rank] for values in self.draw()]

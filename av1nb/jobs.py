@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 from joblib import Parallel, delayed
-from tqdm import tqdm
 
 import av1nb
 from .files import DISK_FULL, disk_full, read_json, sha256
@@ -380,4 +379,6 @@ def run_jobs(
         ended = _on_cluster(tasks, run, address, SAME | dict(same), writes, reads)
     else:
         ended = _on_this_machine(tasks, run, jobs)
+    from tqdm import tqdm  # where nothing is run it need not be installed
+
     yield from tqdm(ended, total=len(tasks), desc=what, mininterval=5, disable=not progress)

@@ -1193,7 +1193,7 @@ class TrainingStep(KeptState):
 
 # %% ../nbs/15_training.ipynb #c8020058
 class Readings(TrainingStep):
-    "Steps whose losses and norms are looked at together, every so many steps."
+    "What is read of the device: numbers of some steps, together, and those of a validation."
 
     @property
     def read_every(self) -> int:
@@ -1215,6 +1215,39 @@ class Readings(TrainingStep):
             if what:
                 raise not_finite(what, epoch, number, self.config, self.train, ids)
         return [(step[1], loss) for step, loss in zip(steps, values[::2])]
+
+    @torch.inference_mode()
+    def validate(
+        self,
+        epoch: int,  # from 1, for the message
+        bar: NoBar,  # or a bar of tqdm, which has the same methods
+    ) -> dict:
+        "Loss and scores over all validation batches, in evaluation mode."
+        self.kept.eval()
+        if isinstance(self.objective, nn.Module):
+            self.objective.eval()
+        losses, ids, logits, labels = [], [], [], []
+        for _, batch in timed_batches(self.val, self.device):
+            loss, output = self.predict(self.kept, batch)
+            losses.append(loss)
+            ids.append(getattr(self.val, "batch_ids", None))
+            # a copy that is not waited for; it has arrived when the losses, sent later, are read
+            logits.append(output.float().to("cpu", non_blocking=True))
+            labels.append(batch[1].to("cpu", non_blocking=True))
+            bar.update()
+        losses, total = torch.stack(losses).tolist(), 0.0
+        for number, (loss, output) in enumerate(zip(losses, logits)):
+            if not math.isfinite(loss):
+                where = (epoch, number + 1, self.config, self.val, ids[number])
+                raise not_finite("validation loss", *where)
+            total += loss * len(output)
+        labels = torch.cat(labels)
+        scores = {
+            name: float(value)
+            for name, value in self.score(torch.cat(logits), labels).items()
+            if isinstance(value, numbers.Real)
+        }
+        return {"val_loss": total / len(labels), **scores}
 
 # %% ../nbs/15_training.ipynb #810daaa4
 def _own_seed(seed, rank, epoch):
@@ -1277,39 +1310,6 @@ class Trainer(Readings):
             "data_seconds": waited,
             "data_share": waited / seconds,
         }
-
-    @torch.inference_mode()
-    def validate(
-        self,
-        epoch: int,  # from 1, for the message
-        bar: NoBar,  # or a bar of tqdm, which has the same methods
-    ) -> dict:
-        "Loss and scores over all validation batches, in evaluation mode."
-        self.kept.eval()
-        if isinstance(self.objective, nn.Module):
-            self.objective.eval()
-        losses, ids, logits, labels = [], [], [], []
-        for _, batch in timed_batches(self.val, self.device):
-            loss, output = self.predict(self.kept, batch)
-            losses.append(loss)
-            ids.append(getattr(self.val, "batch_ids", None))
-            # a copy that is not waited for; it has arrived when the losses, sent later, are read
-            logits.append(output.float().to("cpu", non_blocking=True))
-            labels.append(batch[1].to("cpu", non_blocking=True))
-            bar.update()
-        losses, total = torch.stack(losses).tolist(), 0.0
-        for number, (loss, output) in enumerate(zip(losses, logits)):
-            if not math.isfinite(loss):
-                where = (epoch, number + 1, self.config, self.val, ids[number])
-                raise not_finite("validation loss", *where)
-            total += loss * len(output)
-        labels = torch.cat(labels)
-        scores = {
-            name: float(value)
-            for name, value in self.score(torch.cat(logits), labels).items()
-            if isinstance(value, numbers.Real)
-        }
-        return {"val_loss": total / len(labels), **scores}
 
 # %% ../nbs/15_training.ipynb #9e6730f6
 # what every checkpoint must say about itself
