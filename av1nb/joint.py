@@ -38,7 +38,6 @@ from av1nb.frames import (
 )
 from .heads import JointModel, read_checkpoint, type_log_probabilities
 from .losses import TreeLikelihood
-from .material import load_material, material_table
 from .metrics import confusion_statistic, ranked_report
 from av1nb.partitions import (
     JOINT,
@@ -321,6 +320,8 @@ def train_material(
 
     Raises as `load_material` does, and `ValueError` for a field that a recipe does not have.
     """
+    from av1nb.material import load_material, material_table  # which reads pictures of all kinds
+
     recipe = recipe if isinstance(recipe, JointRecipe) else joint_recipe(**recipe)
     weights = list(recipe.level_weights)
     levels = LARGE_LEVELS if len(weights) == len(LARGE_LEVELS) else LEVELS
