@@ -432,16 +432,18 @@ def predict(
     typer.echo(f"Written to {out} and {out.with_suffix('.png')}")
 
 # %% ../nbs/34_cli.ipynb #e83a6c26
-def _evaluate_stream(stream, predictor, network, shown, out):
-    "Compare one network with one stream; `shown` is what `intra_frames` takes beside it."
+def _evaluate_stream(stream, predictor, network, shown, told, out):
+    """Compare one network with one stream; `shown` is what `intra_frames` takes beside it, `told`
+    what the stream does not tell of its encode.
+    """
     from av1nb import figures, joint
     from av1nb.files import save_json
 
-    typer.echo(f"Reading the trees of {stream} …")
     video, frames, *size = shown
     source = joint.source_of(stream, video, *size)
     typer.echo(f"asked: {network}\nseen: {source}")
-    report = joint.tree_report(joint.intra_frames(stream, *shown), predictor, str(stream))
+    found = joint.intra_frames(stream, *shown)
+    report = joint.tree_report(found, predictor, str(stream), told)
     typer.echo(f"\n{joint.report_text(report)}")
     save_json({"stream": str(stream), "network": network, "pictures": source, **report}, out)
     first = next(joint.intra_frames(stream, video, 1, *size))
@@ -551,6 +553,7 @@ def evaluate(
     for path in filter(None, (stream, video)):
         if not path.is_file() and not (stream.is_dir() and path.is_dir()):
             raise FileNotFoundError(f"there is no file {path}")
+    typer.echo(f"Reading the trees of {stream} …")
     from av1nb import joint
 
     loaded = [joint.load_predictor(one, run_dir) for one in weights or [None]]
@@ -560,7 +563,8 @@ def evaluate(
         return
     if len(loaded) > 1:
         raise ValueError("a stream is compared with one network; give a folder for several")
-    _evaluate_stream(stream, *loaded[0], (video, frames, width, height, bits), out)
+    shown = video, frames, width, height, bits
+    _evaluate_stream(stream, *loaded[0], shown, dict(mode=mode, cpu_used=cpu_used), out)
 
 # %% ../nbs/34_cli.ipynb #5c1e0b77
 @command

@@ -374,6 +374,8 @@ def run_jobs(
     """
     if not tasks:
         return
+    from tqdm import tqdm  # not where a network is trained or asked
+
     run = uuid.uuid4().hex[:8]
     if address := scheduler_address(scheduler):
         ended = _on_cluster(tasks, run, address, SAME | dict(same), writes, reads)

@@ -14,7 +14,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -836,6 +836,7 @@ def node_answers(
     predictor: JointPredictor | Pipeline,  # the network to ask
     luma: np.ndarray,  # uint16 [H, W], 10-bit
     nodes: pd.DataFrame,  # node table (pixels) of this frame; for a cascade 16×16 nodes inside it
+    told: Conditions | None = None,  # what is known of the encode beside the qindex of each node
 ) -> tuple:  # decided types int64 [N], probabilities [N, 10]
     "What a network says of given nodes, each at its own qindex."
     if isinstance(predictor, Pipeline):
@@ -845,10 +846,10 @@ def node_answers(
     sizes, rows, cols = (nodes[name].to_numpy() for name in ("size", "row", "col"))
     # a whole frame at a time: as often as there are quantisers in it
     for qindex, of_quantiser in nodes.groupby("qindex").indices.items():
-        maps = predictor.maps(luma, int(qindex))
-        for size in LEVELS:
+        known = int(qindex) if told is None else replace(told, qindex=int(qindex))
+        for size, grid in predictor.maps(luma, known).items():
             here = of_quantiser[sizes[of_quantiser] == size]
-            probabilities[here] = maps[size][rows[here] // size, cols[here] // size]
+            probabilities[here] = grid[rows[here] // size, cols[here] // size]
     return probabilities.argmax(1).astype(np.int64), probabilities
 
 # %% ../nbs/24_joint.ipynb #36ac4d9e
@@ -858,6 +859,7 @@ def tree_report(
     frames: Iterable,
     predictor: JointPredictor | Pipeline,  # a cascade answers at 16×16
     name: str = "the stream",  # beginning of the messages
+    told: Mapping = {},  # fields of `Conditions` that the frames do not tell: mode, cpu_used
 ) -> dict:
     """How well a network foretells the coded types of intra frames.
 
@@ -866,7 +868,7 @@ def tree_report(
     `ranked_report` says. Raises `ValueError` for a stream without an intra frame or without a node
     that can be asked, and for pictures of another size than the frame.
     """
-    levels = (16,) if isinstance(predictor, Pipeline) else LEVELS
+    levels = (16,) if isinstance(predictor, Pipeline) else getattr(predictor, "levels", LEVELS)
     count = dict(frames=0, nodes=0, beyond_frame=0, larger=0)
     parts = []
     for frame in frames:
@@ -881,9 +883,11 @@ def tree_report(
         wanted = nodes["size"].isin(levels).to_numpy()
         count["frames"] += 1
         count["beyond_frame"] += int((wanted & ~inside).sum())
-        count["larger"] += int((nodes["size"] > max(LEVELS)).sum())
+        count["larger"] += int((nodes["size"] > max(max(levels), 64)).sum())
         nodes = nodes[wanted & inside]
-        parts.append((nodes, *node_answers(predictor, frame.luma, nodes)))
+        side, lines = getattr(frame, "sb_size", 64), min(frame.width, frame.height)
+        known = Conditions(0, superblock=side, lines=lines, **told)
+        parts.append((nodes, *node_answers(predictor, frame.luma, nodes, known)))
     if not parts:
         raise ValueError(
             f"{name} has no intra frame that is shown: only those are predicted, not what is"
