@@ -78,8 +78,8 @@ export: $(STAMP) ## write av1nb/ from the notebooks, clean the notebooks
 sample: $(STAMP) ## rebuild the shipped sample from its sources (needs the package index; about half an hour)
 	$(BIN)/av1nb run build_sample --run-dir runs/build
 
-encoder: $(STAMP) ## build libaom with the partition hook into the cache (VERSION=3.6.0 or 3.12.1; SOURCE=folder that holds its tarball, else apt-get fetches it)
-	$(BIN)/python libaom/build.py $(if $(VERSION),--version "$(VERSION)") $(if $(SOURCE),--source "$(SOURCE)")
+encoder: $(STAMP) ## build libaom with the partition hook into the cache (SOURCE=folder that holds its tarball, else apt-get fetches it; STOCK=1: without the hook, to compare with)
+	$(BIN)/python libaom/build.py $(if $(STOCK),--stock) $(if $(SOURCE),--source "$(SOURCE)")
 
 clean: ## remove what can be rebuilt, keep runs/ and .venv
 	rm -rf _docs _proc _book build dist *.egg-info .pytest_cache

@@ -677,19 +677,25 @@ def _over_quantisers(pairs, levels):
     )
 
 # %% ../nbs/34_cli.ipynb #5c1a4421
+def _with_another_libaom(tuned, used):
+    "What to add where policies were tuned with another libaom than the one that encodes."
+    return "" if tuned == used else f", with libaom {tuned or 'of a release not noted'}, not {used}"
+
+
 def _steering(budget, weights, policies, cpu_used):
     "Network and policy that steer, for `encode_still`; none, and why, without the library."
     from av1nb import joint, steering
     from av1nb.libaom import LibaomError
 
     try:
-        steering.load_encoder()
+        library = steering.load_encoder()
     except LibaomError as error:
         typer.echo(f"Encoding without predictions, by the stock library: {error}", err=True)
         return {}
     policy, share, loss = steering.policy_for(budget, cpu_used, policies)
     typer.echo(
         f"Policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation pictures"
+        f"{_with_another_libaom(steering.tuned_with(policies), library.version)}"
     )
     predictor = joint.JointPredictor.load(weights or steering.shipped_weights())
     return dict(predictor=predictor, policy=policy)
@@ -734,7 +740,7 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
     film = pictures.read_pictures(*read)
     typer.echo(
         f"{film}; policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation"
-        " pictures"
+        f" pictures{_with_another_libaom(steering.tuned_with(policies), library.version)}"
     )
     loading += predictor.warm_up(film.width, film.height, encoding.qindex_of(cq_level))
 

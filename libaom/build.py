@@ -31,16 +31,13 @@ class Release:
 
 
 RELEASES = {
-    "3.6.0": Release(
-        "bookworm", "1+deb12u2",
-        "2ba213822cb1528b5558d6727125654e14d1b2d7505bd1fc8afa36c2e9e9f94a", "prune_mask.patch"),
     "3.12.1": Release(
         "trixie", "1+deb13u1",
         "40c929a41b2a59c24319a699c358351422829b3ae646de31b18cbabed0191962",
-        "prune_mask-3.12.1.patch"),
+        "prune_mask.patch"),
 }
-DEFAULT = "3.6.0"  # the published results were made with it
-HOOK = ("av1nb_hook.h", "av1nb_hook.c")  # the files that the patches name, one for all releases
+DEFAULT = "3.12.1"
+HOOK = ("av1nb_hook.h", "av1nb_hook.c")  # the files that a patch names
 FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=1", "-DCONFIG_LIBYUV=0",
     "-DCONFIG_WEBM_IO=0", "-DENABLE_TESTS=0", "-DENABLE_DOCS=0", "-DENABLE_EXAMPLES=0",
@@ -65,8 +62,9 @@ TARBALL = tarball_of(DEFAULT)
 
 def by_folder(version):
     "What to do where apt-get cannot help."
-    command = "make encoder" if version == DEFAULT else f"make encoder VERSION={version}"
-    return f"name a folder that holds {tarball_of(version)} with {command} SOURCE=/path/to/folder."
+    return (
+        f"name a folder that holds {tarball_of(version)} with make encoder "
+        "SOURCE=/path/to/folder.")
 
 
 def sha256(*files):
