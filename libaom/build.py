@@ -57,9 +57,6 @@ def tarball_of(version):
     return f"aom_{version}.orig.tar.gz"
 
 
-TARBALL = tarball_of(DEFAULT)
-
-
 def by_folder(version):
     "What to do where apt-get cannot help."
     return (
