@@ -6,8 +6,9 @@
 __all__ = ['REFS', 'Reference', 'read_references', 'cited_keys', 'resolve', 'reference_list', 'resolve_citations', 'Chapter',
            'chapters_of', 'chapter_html', 'book_html', 'edition', 'print_site']
 
-# %% ../nbs/35_pages.ipynb #955a50ae
+# %% ../nbs/35_pages.ipynb #3e90288d
 import json
+import logging
 import os
 import re
 import subprocess
@@ -411,6 +412,7 @@ def print_site(
             "apt-get install libpango-1.0-0 libpangoft2-1.0-0 (macOS: brew install pango)"
         ) from error
     site = Path(site)
+    logging.getLogger("weasyprint").setLevel(logging.ERROR)  # it warns of what only SVG knows
     text = book_html(site, yaml.safe_load(Path(settings).read_text(encoding="utf-8")), edition)
     fonts = FontConfiguration()
     sheets = [CSS(string=_font_faces(), font_config=fonts), CSS(str(style), font_config=fonts)]
