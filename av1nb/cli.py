@@ -729,9 +729,10 @@ def _encode_stills(source, out, steer, coded, read):
 
 # %% ../nbs/34_cli.ipynb #5c1a4441
 def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
-    "A film as IVF; `read` is what `read_pictures` takes."
-    from av1nb import encoding, joint, pictures, steering
+    "A film as IVF or in a container; `read` is what `read_pictures` takes."
+    from av1nb import encoding, joint, pictures, steering, stills
 
+    stills.require_film_name(out)
     budget, weights, policies = steer
     policy, share, loss = steering.policy_for(budget, cpu_used, policies)
     predictor = joint.JointPredictor.load(weights or steering.shipped_weights())
@@ -743,6 +744,7 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
         f" pictures{_with_another_libaom(steering.tuned_with(policies), library.version)}"
     )
     loading += predictor.warm_up(film.width, film.height, encoding.qindex_of(cq_level))
+    tags = None if film.cicp == (2, 2, 2) else encoding.ColourTags(*film.cicp)
 
     both = functools.partial(  # with predictions and, where it is asked for, without
         steering.encode_predicted,
@@ -751,9 +753,11 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
         policy,
         cpu_used=cpu_used,
         compare=compare or all_quantisers,
+        colour={"tags": tags},
         encoder=library,
     )
-    ours, stock = both(cq_level=cq_level, path=out)
+    ours, stock = both(cq_level=cq_level)
+    stills.write_film(out, ours.ivf, film.fps)
     typer.echo(_what_was_saved(ours, stock, loading))
     if all_quantisers:
         levels = [encoding.cq_level_of(qindex) for qindex in encoding.QINDEXES]
@@ -765,7 +769,11 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
 _Out = Annotated[
     Path,
     typer.Option(
-        "--out", help="IVF file to write; of one picture an .avif; of a folder of pictures a folder"
+        "--out",
+        help=(
+            "film to write, .ivf, .mp4, .webm or .mkv; of one picture an .avif; of a folder of"
+            " pictures a folder"
+        ),
     ),
 ]
 _Speed = Annotated[

@@ -336,7 +336,8 @@ def _decoded(frame, picture):
     tag = int(frame.color_range)  # 0 unknown, 1 narrow, 2 full
     tag = 2 if frame.format.name.startswith("yuvj") else tag if tag in (1, 2) else 0
     alpha = _alpha(frame) if picture else None
-    cicp = tuple(int(n) for n in (frame.color_primaries, frame.color_trc, frame.colorspace))
+    numbers = (int(n) for n in (frame.color_primaries, frame.color_trc, frame.colorspace))
+    cicp = tuple(n if 1 <= n <= 22 else 2 for n in numbers)
     if not _PLANAR.fullmatch(frame.format.name):
         # equal ranges: nothing is scaled
         frame = frame.reformat(
@@ -630,6 +631,8 @@ class Pictures:
     bit_depth: int  # of the samples in the file
     fps: tuple[int, int] | None  # frames a second as a fraction; None where the file does not say
     said: tuple[str, ...]  # what was done to the samples, in words
+    # primaries, transfer and matrix of the planes by ITU-T H.273; 2 where nothing says them
+    cicp: tuple[int, int, int] = (2, 2, 2)
 
     def __len__(self):
         return len(self.planes)
@@ -689,9 +692,10 @@ def read_pictures(
     if not planes:
         raise ValueError(f"{path} holds no frame that can be decoded.")
     order = tuple(planes) if count or wanted is None else tuple(wanted)
-    return Pictures(
-        path, tuple(planes[n] for n in order), order, first.bits, first.fps, tuple(said)
-    )
+    shown = tuple(planes[n] for n in order)
+    # RGB has become YCbCr by BT.709
+    cicp = (1, 13, 1) if first.rgb else first.cicp
+    return Pictures(path, shown, order, first.bits, first.fps, tuple(said), cicp)
 
 # %% ../nbs/06_pictures.ipynb #f8091e5e
 LEAST_FACTOR = 1.5  # below this a sample of the result is hardly an average

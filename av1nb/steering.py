@@ -553,12 +553,13 @@ def encode_predicted(
     cq_level: int = 32,  # constant quality level, 0 (best) to 63
     cpu_used: int = 1,  # speed preset that the policy was tuned for
     compare: bool = True,  # encode without masks, too
+    colour: Mapping | None = None,  # as in `encode_masked`
     path: str | os.PathLike | None = None,  # IVF file to write: the encode with masks
     encoder: Libaom | None = None,  # library with the hook; None loads it with `load_encoder`
     # with masks; without, or None
 ) -> tuple[MaskedResult, MaskedResult | None]:
     "All-intra encode that a network steers. Raises as `predict_masks` and `encode_masked` do."
-    settings = dict(cq_level=cq_level, cpu_used=cpu_used, encoder=encoder)
+    settings = dict(cq_level=cq_level, cpu_used=cpu_used, encoder=encoder, colour=colour)
     luma = [picture[0] for picture in planes]
     masks, seconds = predict_masks(predictor, luma, qindex_of(cq_level), policy)
     steered = encode_masked(planes, masks, prediction=seconds, path=path, **settings)

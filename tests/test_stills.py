@@ -216,3 +216,34 @@ def test_with_predictions_or_said_why_not(tmp_path):
         assert Image.open(tmp_path / name).size == (128, 96)
     bad = av1nb(*common, "--out", tmp_path / "no.ivf", check=False)
     assert bad.returncode == 1 and "are for AVIF" in bad.stderr
+
+
+def test_a_film_keeps_rate_and_colours_in_its_container(tmp_path):
+    import av
+
+    from av1nb.libaom import LibaomError
+    from av1nb.steering import load_encoder
+
+    try:
+        load_encoder()
+    except LibaomError as missing:
+        pytest.skip(str(missing))
+    luma, blue, red = synthetic_picture(64, 48)
+    with av.open(str(tmp_path / "in.mkv"), "w") as file:
+        stream = file.add_stream("ffv1", rate=24, width=64, height=48, pix_fmt="yuv420p10le")
+        context = stream.codec_context
+        context.color_primaries, context.color_trc, context.colorspace = 9, 16, 9
+        frame = av.VideoFrame(64, 48, "yuv420p10le")
+        for plane, values in zip(frame.planes, (luma, blue, red)):
+            rows = np.zeros((plane.height, plane.line_size // 2), np.uint16)
+            rows[:, : values.shape[1]] = values
+            plane.update(rows.tobytes())
+        file.mux([*stream.encode(frame), *stream.encode()])
+    av1nb("encode", tmp_path / "in.mkv", "--out", tmp_path / "out.mp4", "--no-compare")
+    with av.open(str(tmp_path / "out.mp4")) as file:
+        [shown] = file.decode(video=0)
+        assert file.streams.video[0].guessed_rate == 24
+    tags = (shown.color_primaries, shown.color_trc, shown.colorspace, shown.color_range)
+    assert [int(n) for n in tags] == [9, 16, 9, 1]
+    bad = av1nb("encode", tmp_path / "in.mkv", "--out", tmp_path / "out.mov", check=False)
+    assert bad.returncode == 1 and "ends in none of" in bad.stderr
