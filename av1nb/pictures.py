@@ -327,7 +327,9 @@ def _alpha(frame):
     "The plane of a picture of 16 bits that says how far it covers; None if it has none."
     if not any(c.is_alpha and c.bits > 8 for c in frame.format.components):
         return None
-    whole = frame.reformat(format="gbrap16le", src_color_range="MPEG", dst_color_range="MPEG")
+    whole = frame.reformat(
+        format="gbrap16le", src_color_range="MPEG", dst_color_range="MPEG", threads=1
+    )
     return _plane(whole.planes[3], 16, "gbrap16le")
 
 
@@ -339,9 +341,12 @@ def _decoded(frame, picture):
     numbers = (int(n) for n in (frame.color_primaries, frame.color_trc, frame.colorspace))
     cicp = tuple(n if 1 <= n <= 22 else 2 for n in numbers)
     if not _PLANAR.fullmatch(frame.format.name):
-        # equal ranges: nothing is scaled
+        # equal ranges: nothing is scaled; several threads now and then lost a row of grey with alpha
         frame = frame.reformat(
-            format=_planar_name(frame.format), src_color_range="MPEG", dst_color_range="MPEG"
+            format=_planar_name(frame.format),
+            src_color_range="MPEG",
+            dst_color_range="MPEG",
+            threads=1,
         )
     name, components = frame.format.name, frame.format.components
     planes = [_plane(p, c.bits, name) for p, c in zip(frame.planes, components)]
