@@ -341,7 +341,7 @@ def _decoded(frame, picture):
     numbers = (int(n) for n in (frame.color_primaries, frame.color_trc, frame.colorspace))
     cicp = tuple(n if 1 <= n <= 22 else 2 for n in numbers)
     if not _PLANAR.fullmatch(frame.format.name):
-        # equal ranges: nothing is scaled; several threads now and then lost a row of grey with alpha
+        # equal ranges scale nothing; several threads lost a row of grey with alpha now and then
         frame = frame.reformat(
             format=_planar_name(frame.format),
             src_color_range="MPEG",
