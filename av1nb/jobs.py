@@ -269,6 +269,7 @@ def _named(run, name, function, arguments, named_arguments):
 # %% ../nbs/20_jobs.ipynb #9a782a81
 def _on_this_machine(tasks, run, jobs) -> Iterator:
     "Name and result of each job, as they end."
+    from joblib.externals.loky import get_reusable_executor
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     work = (delayed(_named)(run, name, *task) for name, task in tasks.items())
@@ -279,6 +280,9 @@ def _on_this_machine(tasks, run, jobs) -> Iterator:
             f"A process that did one of the {len(tasks)} jobs was killed, perhaps for lack of"
             " memory: run again with fewer jobs at a time; what is finished is kept."
         ) from error
+    finally:
+        # idle workers live for five minutes, and a process that was forked waits for them at its end
+        get_reusable_executor().shutdown(wait=True)
 
 
 def _on_worker(common, name, task):
