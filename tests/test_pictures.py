@@ -5,6 +5,7 @@ The rule stands here once more, in numpy, and shares no code with the module.
 
 from dataclasses import dataclass
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -284,7 +285,8 @@ def test_one_luma_through_every_door(name, tmp_path, asked, monkeypatch):
         raise ValueError("enough")
 
     asked.clear()
-    monkeypatch.setattr(steering, "load_encoder", lambda *_: None)
+    library = SimpleNamespace(version=steering.RELEASE)
+    monkeypatch.setattr(steering, "load_encoder", lambda *_: library)
     monkeypatch.setattr(steering, "encode_masked", encoded)
     done = CliRunner().invoke(
         cli.app,
@@ -349,13 +351,14 @@ def test_interlaced_is_refused_everywhere(tags, frame, tmp_path):
             door()
     for command in ("predict", "encode"):
         more = ["--qindex", "80"] if command == "predict" else []
-        done = CliRunner().invoke(cli.app, [command, str(form.path), "--out", str(invalid), *more])
+        out = str(invalid if command == "predict" else invalid.with_suffix(".ivf"))
+        done = CliRunner().invoke(cli.app, [command, str(form.path), "--out", out, *more])
         assert done.exit_code and "is interlaced" in done.output + str(done.exception)
     stream = tmp_path / "s.ivf"
     encoding.encode([np.full((HEIGHT, WIDTH), 512, np.uint16)], stream, cpu_used=9, cq_level=55)
     done = CliRunner().invoke(cli.app, ["evaluate", str(stream), "--video", str(form.path)])
     assert done.exit_code and "is interlaced" in done.output + str(done.exception)
-    assert not invalid.exists()
+    assert not invalid.exists() and not invalid.with_suffix(".ivf").exists()
 
 
 def test_an_interlaced_film_is_refused(tmp_path):
