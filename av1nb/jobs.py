@@ -281,7 +281,7 @@ def _on_this_machine(tasks, run, jobs) -> Iterator:
             " memory: run again with fewer jobs at a time; what is finished is kept."
         ) from error
     finally:
-        # idle workers live for five minutes, and a process that was forked waits for them at its end
+        # idle workers live for five minutes, and a forked process waits for them at its end
         get_reusable_executor().shutdown(wait=True)
 
 
