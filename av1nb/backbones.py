@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .encoding import Conditions
 from .files import read_tensors
 
 # %% ../nbs/12_backbones.ipynb #9c7fcee1
@@ -696,9 +697,8 @@ def soft_log(
     return x.square().add_(1).sqrt_().add_(x.abs()).log_().copysign_(x)
 
 # %% ../nbs/12_backbones.ipynb #c0d171b0
-# preset, mode, superblock and class where only the qindex is told: all intra, preset 1, 64×64,
-# 1080 lines, the defaults of `encoding.Conditions`
-DEFAULT_CONDITIONS = (1, 0, 0, 3)
+# preset, mode, superblock and class where only the qindex is told
+DEFAULT_CONDITIONS = Conditions(0).numbers[1:]
 _TOLD = 14 + 1 + 1 + 5  # presets of two modes, step of the quantiser, superblock, classes of size
 
 # %% ../nbs/12_backbones.ipynb #1689b2f5

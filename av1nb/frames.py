@@ -415,9 +415,8 @@ class CropBatches:
 
     def draw(
         self,
-        # recording, row, col, symmetry: int64 [batches of this epoch · batch_size] each, and
-        # whether
-        # the crop was drawn by its nodes of 16×16
+        # recording, row, col, symmetry: int64 [batches of this epoch · batch_size] each, and bool:
+        # whether the crop was drawn by its nodes of 16×16
     ) -> list:
         "What this epoch looks at."
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)

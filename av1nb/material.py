@@ -883,14 +883,13 @@ def material_table(
     rows = []
     for entry in _entries(folder):
         plan = entry["plan"]
-        with np.load(Path(folder) / f"{plan['name']}.npz") as stored:
-            for number, told in enumerate(entry["encodes"]):
-                sizes = stored[f"nodes{number}"][:, 0]
-                counts = {f"nodes_{size}": int((sizes == size).sum()) for size in LARGE_LEVELS}
-                own = {key: plan[key] for key in ("name", "group", "split", "material", "file")}
-                width, height = plan["size"]
-                own |= dict(width=width, height=height, noise=entry["noise"])
-                rows.append(own | told | counts)
+        width, height = plan["size"]
+        own = {key: plan[key] for key in ("name", "group", "split", "material", "file")}
+        own |= dict(width=width, height=height, noise=entry["noise"])
+        for told, trees in _trees_of(entry, folder):
+            sizes = trees["nodes"][:, 0]
+            counts = {f"nodes_{size}": int((sizes == size).sum()) for size in LARGE_LEVELS}
+            rows.append(own | told | counts)
     return pd.DataFrame(rows)
 
 # %% ../nbs/22_material.ipynb #0a1cb8eb
