@@ -7,7 +7,8 @@ __all__ = ['MATERIALS', 'FRAME_SIZES', 'PRESETS', 'LEVELS_OF_QUALITY', 'photon_n
            'screen', 'title', 'between_bars', 'faded', 'PictureSource', 'FramePlan', 'split_of', 'draw_encodes',
            'plan_frames', 'MaterialError', 'free_sources', 'fetch_source', 'picture_sources', 'folder_sources',
            'make_frame', 'frame_tree', 'repeats_of', 'build_material', 'MaterialFrame', 'load_material',
-           'material_table', 'material_counts', 'type_shares', 'agreement', 'material_card']
+           'material_table', 'material_counts', 'type_shares', 'agreement', 'material_card', 'material_blocks',
+           'materials_of']
 
 # %% ../nbs/22_material.ipynb #0e0acada
 import io
@@ -27,9 +28,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from joblib import delayed
 
+from .blocks import extract_blocks
 from .corpus import kind_of
+from .datasets import BlockSet
 from .encoding import Conditions, cq_level_of, encode, qindex_of
 from av1nb.files import (
     atomic_file,
@@ -999,3 +1003,102 @@ def material_card(
         ])
         + "\n"
     )
+
+# %% ../nbs/22_material.ipynb #18590c04
+def _drawn_nodes(
+    frame: MaterialFrame,  # an encode
+    size: int,  # side of the nodes in pixels
+    types: Sequence[int],  # wanted
+    each: int,  # at most so many
+    rng: np.random.Generator,
+) -> pd.DataFrame:  # node table in the order of the encode
+    "Coded nodes of one encode that lie wholly inside its frame."
+    [nodes] = frame.nodes.values()
+    height, width = frame.luma.shape[1:]
+    inside = (nodes["row"] + size <= height) & (nodes["col"] + size <= width)
+    nodes = nodes[inside & (nodes["size"] == size) & nodes["type"].isin(types)]
+    return nodes.iloc[np.sort(rng.permutation(len(nodes))[:each])]
+
+
+def material_blocks(
+    folder: str | os.PathLike,  # of a set
+    size: int = 16,  # side of the blocks in pixels: 8, 16, 32 or 64
+    margin: int = 0,  # pixels of context on each side; outside the frame its border is repeated
+    each: int = 150,  # blocks of one encode at most, drawn without looking at them
+    presets: Sequence[int] | None = None,  # of the encodes; None: all
+    materials: Sequence[str] | None = None,  # wanted; None: all
+    types: Sequence[int] | None = None,  # partition types wanted; None: all
+    seed: int = 42,  # of what is drawn
+) -> dict:  # "train", "val", "test" → BlockSet
+    """Blocks for classifiers that look at one block: a sequence is a photograph, film or drawing, a
+    recording one encode of one frame of it, and the division is that of the set.
+
+    `materials_of` names the material of each block. Raises `MaterialError` where a split has none.
+    """
+    wanted = range(len(PartitionType)) if types is None else types
+    parts = {split: [] for split in _SPLITS}
+    for frame in load_material(folder, materials=materials):
+        told = frame.conditions
+        if presets is not None and told.cpu_used not in presets:
+            continue
+        own = f"{frame.material}-{frame.frame_name}_{told.mode}{told.cpu_used}_q{told.qindex}"
+        nodes = _drawn_nodes(frame, size, wanted, each, _generator(seed, own))
+        samples = extract_blocks(
+            frame.luma[0], nodes["row"].to_numpy(), nodes["col"].to_numpy(), size, margin
+        )
+        if len(nodes):
+            parts[frame.split].append((frame, own, samples, nodes))
+    if empty := [split for split, found in parts.items() if not found]:
+        raise MaterialError(
+            f"{folder} has no {size}×{size} block for {', '.join(empty)}; ask for more presets or"
+            " materials, or build more frames with the stage build_material."
+        )
+    assignment = {frame.name: split for split, found in parts.items() for frame, *_ in found}
+    settings = dict(size=size, margin=margin, seed=seed, assignment=assignment)
+    return {split: _as_block_set(found, split, settings) for split, found in parts.items()}
+
+
+def _as_block_set(parts, split, settings):
+    "Blocks of (frame, recording, samples, nodes) together, in this order."
+    sequences = sorted({frame.name for frame, *_ in parts})
+    pictures = sorted({(frame.name, frame.frame_name) for frame, *_ in parts})
+    # number of each frame among those of its sequence
+    number = {
+        name: sum(other < name for group, other in pictures if group == sequence)
+        for sequence, name in pictures
+    }
+    columns = pd.concat(
+        [
+            nodes.assign(
+                sequence=sequences.index(frame.name),
+                recording=place,
+                frame=number[frame.frame_name],
+            )
+            for place, (frame, _, _, nodes) in enumerate(parts)
+        ],
+        ignore_index=True,
+    )
+    column = {
+        name: torch.from_numpy(columns[name].to_numpy(np.int64, copy=True))
+        for name in ("type", "qindex", "sequence", "recording", "frame", "row", "col")
+    }
+    samples = np.concatenate([samples for *_, samples, _ in parts])[:, None]
+    return BlockSet(
+        torch.from_numpy(samples),
+        column.pop("type"),
+        column.pop("qindex"),
+        **column,
+        sequence_names=tuple(sequences),
+        recording_names=tuple(own for _, own, *_ in parts),
+        split=split,
+        note="drawn from whole frames; the presets differ between recordings",
+        **settings,
+    )
+
+
+def materials_of(
+    blocks: BlockSet,  # of `material_blocks`
+) -> np.ndarray:  # of str, one for each block
+    "The material of each block: its recording's name begins with it."
+    names = [name.split("-")[0] for name in blocks.recording_names]
+    return np.array(names)[blocks.recording.cpu().numpy()]
