@@ -1020,44 +1020,6 @@ def _drawn_nodes(
     return nodes.iloc[np.sort(rng.permutation(len(nodes))[:each])]
 
 
-def material_blocks(
-    folder: str | os.PathLike,  # of a set
-    size: int = 16,  # side of the blocks in pixels: 8, 16, 32 or 64
-    margin: int = 0,  # pixels of context on each side; outside the frame its border is repeated
-    each: int = 150,  # blocks of one encode at most, drawn without looking at them
-    presets: Sequence[int] | None = None,  # of the encodes; None: all
-    materials: Sequence[str] | None = None,  # wanted; None: all
-    types: Sequence[int] | None = None,  # partition types wanted; None: all
-    seed: int = 42,  # of what is drawn
-) -> dict:  # "train", "val", "test" → BlockSet
-    """Blocks for classifiers that look at one block: a sequence is a photograph, film or drawing, a
-    recording one encode of one frame of it, and the division is that of the set.
-
-    `materials_of` names the material of each block. Raises `MaterialError` where a split has none.
-    """
-    wanted = range(len(PartitionType)) if types is None else types
-    parts = {split: [] for split in _SPLITS}
-    for frame in load_material(folder, materials=materials):
-        told = frame.conditions
-        if presets is not None and told.cpu_used not in presets:
-            continue
-        own = f"{frame.material}-{frame.frame_name}_{told.mode}{told.cpu_used}_q{told.qindex}"
-        nodes = _drawn_nodes(frame, size, wanted, each, _generator(seed, own))
-        samples = extract_blocks(
-            frame.luma[0], nodes["row"].to_numpy(), nodes["col"].to_numpy(), size, margin
-        )
-        if len(nodes):
-            parts[frame.split].append((frame, own, samples, nodes))
-    if empty := [split for split, found in parts.items() if not found]:
-        raise MaterialError(
-            f"{folder} has no {size}×{size} block for {', '.join(empty)}; ask for more presets or"
-            " materials, or build more frames with the stage build_material."
-        )
-    assignment = {frame.name: split for split, found in parts.items() for frame, *_ in found}
-    settings = dict(size=size, margin=margin, seed=seed, assignment=assignment)
-    return {split: _as_block_set(found, split, settings) for split, found in parts.items()}
-
-
 def _as_block_set(parts, split, settings):
     "Blocks of (frame, recording, samples, nodes) together, in this order."
     sequences = sorted({frame.name for frame, *_ in parts})
@@ -1094,6 +1056,44 @@ def _as_block_set(parts, split, settings):
         note="drawn from whole frames; the presets differ between recordings",
         **settings,
     )
+
+# %% ../nbs/22_material.ipynb #e627f398
+def material_blocks(
+    folder: str | os.PathLike,  # of a set
+    size: int = 16,  # side of the blocks in pixels: 8, 16, 32 or 64
+    margin: int = 0,  # pixels of context on each side; outside the frame its border is repeated
+    each: int = 150,  # blocks of one encode at most, drawn without looking at them
+    presets: Sequence[int] | None = None,  # of the encodes; None: all
+    materials: Sequence[str] | None = None,  # wanted; None: all
+    types: Sequence[int] | None = None,  # partition types wanted; None: all
+    seed: int = 42,  # of what is drawn
+) -> dict:  # "train", "val", "test" → BlockSet
+    """Blocks for classifiers that look at one block: a sequence is a photograph, film or drawing, a
+    recording one encode of one frame of it, and the division is that of the set.
+
+    `materials_of` names the material of each block. Raises `MaterialError` where a split has none.
+    """
+    wanted = range(len(PartitionType)) if types is None else types
+    parts = {split: [] for split in _SPLITS}
+    for frame in load_material(folder, materials=materials):
+        told = frame.conditions
+        if presets is not None and told.cpu_used not in presets:
+            continue
+        own = f"{frame.material}-{frame.frame_name}_{told.mode}{told.cpu_used}_q{told.qindex}"
+        nodes = _drawn_nodes(frame, size, wanted, each, _generator(seed, own))
+        samples = extract_blocks(
+            frame.luma[0], nodes["row"].to_numpy(), nodes["col"].to_numpy(), size, margin
+        )
+        if len(nodes):
+            parts[frame.split].append((frame, own, samples, nodes))
+    if empty := [split for split, found in parts.items() if not found]:
+        raise MaterialError(
+            f"{folder} has no {size}×{size} block for {', '.join(empty)}; ask for more presets or"
+            " materials, or build more frames with the stage build_material."
+        )
+    assignment = {frame.name: split for split, found in parts.items() for frame, *_ in found}
+    settings = dict(size=size, margin=margin, seed=seed, assignment=assignment)
+    return {split: _as_block_set(found, split, settings) for split, found in parts.items()}
 
 
 def materials_of(
