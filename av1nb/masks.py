@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OVERRIDE', 'TYPES', 'MaskTable', 'uniform_masks', 'masks_from_nodes', 'describe_masks', 'MaskPolicy',
-           'masks_from_probabilities']
+           'masks_from_probabilities', 'MaskChoices', 'mask_choices', 'least_gaps', 'DecisionLevel', 'Decision',
+           'decide', 'masks_of_decisions']
 
 # %% ../nbs/27_masks.ipynb #2bf425db
 import math
@@ -355,4 +356,134 @@ def masks_from_probabilities(
             where = f"Frame {number}, {size}×{size} blocks"
             found = _words(np.asarray(levels[size]), possible, *settings, where)
             words[number] = found[: words.shape[1], : words.shape[2]]
+    return table
+
+# %% ../nbs/27_masks.ipynb #d0c10002
+@dataclass(frozen=True, eq=False)
+class MaskChoices:
+    "What can be said to an encoder about the nodes of one size."
+
+    words: np.ndarray  # uint16 [choices]: masks; 0 is no opinion
+    tried: np.ndarray  # float32 [choices, 10]: probability that a type is tried, 0–1
+
+    @property
+    def allowed(self) -> np.ndarray:  # bool [choices, 10]
+        "Types that may win."
+        return self.tried > 0
+
+
+def mask_choices(
+    types: Iterable[int],  # partition types that are possible
+    # float [10]: share of the nodes where the encoder by itself tries a type, 0–1; None: it is
+    # asked only for what lifts its pruning
+    habits: np.ndarray | None = None,
+    most: int = TYPES,  # types of the largest set that lifts the pruning
+) -> MaskChoices:
+    "All sets of some types, those that only narrow the search first. Raises `ValueError` for none."
+    types = sorted({PartitionType(t) for t in types})
+    if not types:
+        raise ValueError("There is no type to choose from.")
+    member = np.arange(1, 1 << len(types))[:, None] >> np.arange(len(types)) & 1
+    sets = np.zeros((len(member), TYPES), bool)
+    sets[:, types] = member
+    bits = (sets.astype(np.uint16) << np.arange(TYPES, dtype=np.uint16)).sum(1, dtype=np.uint16)
+    small = sets.sum(1) <= most
+    words, tried = bits[small] | np.uint16(OVERRIDE), sets[small].astype(np.float32)
+    if habits is None:
+        return MaskChoices(words, tried)
+    pillars = [t for t in (PartitionType.NONE, PartitionType.SPLIT) if t in types]
+    narrow = sets[:, pillars].all(1)
+    own = np.where(member[narrow].all(1), 0, bits[narrow])  # all that is possible: no opinion
+    shares = sets[narrow] * np.maximum(np.asarray(habits, np.float32), 1e-6)
+    return MaskChoices(np.r_[own.astype(np.uint16), words], np.concatenate([shares, tried]))
+
+# %% ../nbs/27_masks.ipynb #d0c10005
+def least_gaps(
+    gaps: np.ndarray,  # [..., 10]: what each type costs more than the best one, at least 0
+    choices: MaskChoices,  # of this size
+) -> np.ndarray:  # [..., choices]
+    "What is lost where the best of the allowed types is taken."
+    found = np.full((*gaps.shape[:-1], len(choices.words)), np.inf, gaps.dtype)
+    for ptype, allowed in enumerate(choices.allowed.T):
+        found[..., allowed] = np.minimum(found[..., allowed], gaps[..., [ptype]])
+    return found
+
+# %% ../nbs/27_masks.ipynb #d0c10008
+@dataclass(eq=False)
+class DecisionLevel:
+    "What is known of the nodes of one size, of whole superblocks."
+
+    choices: MaskChoices  # what they may choose
+    # float [rows, columns, choices]: cost that a choice is expected to lose where the node is
+    # coded, without what is lost below it
+    loss: np.ndarray = field(repr=False)
+    # float [rows, columns, 10]: seconds of a trial of each type; of SPLIT without what is below
+    seconds: np.ndarray = field(repr=False)
+    split: np.ndarray = field(repr=False)  # float [rows, columns]: probability that SPLIT wins
+
+
+@dataclass(eq=False)
+class Decision:
+    "The best choice of every node, and what the superblocks are expected to lose and to take."
+
+    chosen: dict = field(repr=False)  # size -> int [rows, columns], number of the choice
+    loss: np.ndarray = field(repr=False)  # float [rows, columns] of the superblocks
+    seconds: np.ndarray = field(repr=False)  # float [rows, columns] of the superblocks
+
+
+def _of_children(values):
+    "Sums over the four children of every node: [rows, columns] -> [rows/2, columns/2]."
+    rows, cols = values.shape
+    return values.reshape(rows // 2, 2, cols // 2, 2).sum((1, 3))
+
+
+def _reach(levels, sizes):
+    "Probability that a node of each size is coded."
+    reach = {sizes[0]: np.ones_like(levels[sizes[0]].split)}
+    for above, size in zip(sizes, sizes[1:]):
+        split = reach[above] * levels[above].split
+        reach[size] = split.repeat(2, 0).repeat(2, 1)
+    return reach
+
+
+def decide(
+    levels: Mapping[int, DecisionLevel],  # size -> its nodes; every size half of the next
+    price: float,  # of a second, in units of the loss
+) -> Decision:
+    """The sets that minimise expected loss + price · expected seconds; exact where SPLIT is tried
+    wherever it is allowed.
+    """
+    sizes = sorted(levels, reverse=True)
+    reach, chosen = _reach(levels, sizes), {}
+    loss_below, seconds_below = 0.0, 0.0
+    for size in reversed(sizes):
+        level, split = levels[size], int(PartitionType.SPLIT)
+        seconds = level.seconds.copy()
+        seconds[..., split] += seconds_below
+        loss = level.loss * reach[size][..., None]
+        loss += np.asarray(loss_below)[..., None] * level.choices.allowed[:, split]
+        taken = seconds @ level.choices.tried.T
+        best = (loss + price * taken).argmin(-1)
+        chosen[size] = best
+        loss, taken = (np.take_along_axis(a, best[..., None], -1)[..., 0] for a in (loss, taken))
+        if size != sizes[0]:
+            loss_below, seconds_below = _of_children(loss), _of_children(taken)
+    return Decision(chosen, loss, taken)
+
+# %% ../nbs/27_masks.ipynb #d0c1000f
+def masks_of_decisions(
+    frames: Sequence[tuple[Mapping, Decision]],  # for each frame the levels and what was decided
+    width: int,  # frame width in pixels
+    height: int,  # frame height in pixels
+) -> MaskTable:
+    "Masks of all frames; none for blocks that do not lie wholly inside."
+    table = MaskTable.empty(len(frames), width, height)
+    for number, (levels, decision) in enumerate(frames):
+        for size, best in decision.chosen.items():
+            words = table.at(size)[number]
+            inside = np.ix_(*(
+                (np.arange(n) + 1) * size <= side for n, side in zip(words.shape, (height, width))
+            ))
+            rows, cols = words.shape
+            words[inside] = levels[size].choices.words[best][:rows, :cols][inside]
     return table
