@@ -6,7 +6,7 @@
 __all__ = ['LEAST_PROBABILITY', 'checked_labels', 'checked_scores', 'reliability_table', 'expected_calibration_error',
            'score_report', 'classification_report', 'Score', 'baselines', 'as_frame', 'comparison_frame',
            'confusion_statistic', 'ranked_report', 'bootstrap_interval', 'seed_interval', 'compare_seeds', 'over_seeds',
-           'verdict']
+           'linear_cka', 'verdict']
 
 # %% ../nbs/16_metrics.ipynb #f4dedac9
 import math
@@ -495,6 +495,33 @@ def over_seeds(
         .unstack()
         .astype({"seeds": int})
     )
+
+# %% ../nbs/16_metrics.ipynb #c3a91e05
+def linear_cka(
+    first: ArrayLike,  # features [N, F] of N blocks: array or tensor
+    second: ArrayLike,  # features [N, G] of the same blocks in the same order
+) -> float:  # 0 (nothing in common) to 1 (equal up to rotation, factor and shift)
+    """Linear centred kernel alignment of two sets of features.
+
+    Raises `ValueError` for other shapes, for features that are not finite, and for a set in which
+    all blocks have the same features.
+
+    Source: Kornblith, Norouzi, Lee, Hinton (2019), Similarity of Neural Network Representations
+    Revisited.
+    """
+    x, y = (np.asarray(features, dtype=np.float64) for features in (first, second))
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < 2:
+        raise ValueError(
+            f"The features have shapes {x.shape} and {y.shape}; both must be [blocks, features] of"
+            " the same blocks, two at least."
+        )
+    x, y = x - x.mean(0), y - y.mean(0)
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("The features hold values that are not finite; see where they come from.")
+    own = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    if own == 0:
+        raise ValueError("All blocks have the same features in one set; nothing can be compared.")
+    return float(np.linalg.norm(y.T @ x) ** 2 / own)
 
 # %% ../nbs/16_metrics.ipynb #ded75067
 def verdict(

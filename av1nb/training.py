@@ -8,8 +8,8 @@ __all__ = ['PROVENANCE', 'TRAINING_FILES', 'TrainingError', 'TrainConfig', 'proc
            'train_mode', 'make_scheduler', 'History', 'should_stop', 'not_finite', 'memory_explained',
            'interruption_explained', 'NoBar', 'is_watched', 'progress_bar', 'SharedBatchNorm', 'Processes', 'leave',
            'average_weight', 'RunningAverage', 'Waits', 'timed_batches', 'record_cuda_graph', 'Recorded',
-           'TrainingState', 'KeptState', 'TrainingStep', 'Readings', 'Trainer', 'complete_provenance', 'checkpoint',
-           'save_stage', 'refuse_difference', 'fit']
+           'TrainingState', 'KeptState', 'TrainingStep', 'Readings', 'Trainer', 'gradient_cosines',
+           'complete_provenance', 'checkpoint', 'save_stage', 'refuse_difference', 'fit']
 
 # %% ../nbs/15_training.ipynb #f18b5819
 import io
@@ -1310,6 +1310,34 @@ class Trainer(Readings):
             "data_seconds": waited,
             "data_share": waited / seconds,
         }
+
+# %% ../nbs/15_training.ipynb #d4b81f11
+def gradient_cosines(
+    losses: Sequence[torch.Tensor],  # scalars, each with a graph that reaches `parameters`
+    parameters: Iterable[nn.Parameter],  # the shared weights; all must be trainable
+) -> np.ndarray:  # float64 [K, K], 1 on the diagonal
+    """Cosines between the gradients of K losses with respect to the same weights; no gradient is
+    left in the weights.
+
+    Raises `ValueError` for a loss that does not depend on these weights.
+
+    Source: Yu, Kumar, Gupta, Levine, Hausman, Finn (2020), Gradient Surgery for Multi-Task
+    Learning.
+    """
+    parameters, found = list(parameters), []
+    for number, loss in enumerate(losses):
+        parts = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts)]
+        gradient = torch.cat([part.flatten() for part in parts]).double()
+        norm = float(gradient.norm())
+        if not (math.isfinite(norm) and norm > 0):
+            raise ValueError(
+                f"The gradient of loss {number} has the norm {norm:g}; it has no direction to"
+                " compare. Does the loss depend on these weights?"
+            )
+        found.append(gradient / norm)
+    directions = torch.stack(found)
+    return (directions @ directions.T).cpu().numpy()
 
 # %% ../nbs/15_training.ipynb #9e6730f6
 # what every checkpoint must say about itself
