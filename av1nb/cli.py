@@ -718,7 +718,7 @@ def _encode_stills(source, out, steer, coded, read):
     for path, done in stills.encode_stills(pairs, **read, **settings, **coded):
         if isinstance(done, Exception):
             failed.append(path)
-            typer.echo(f"{path}: not written: {done}", err=True)
+            typer.echo(f"{path}: not written: {' '.join(str(done).split())}", err=True)
         else:
             still, result = done
             typer.echo(f"{path}: {still}; {result}")

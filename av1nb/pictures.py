@@ -8,8 +8,10 @@ __all__ = ['VIDEO_SUFFIXES', 'LEAST_FACTOR', 'ten_bit', 'require_ten_bit', 'Deco
            'planes_from_rgb', 'planes_from_ycbcr', 'planes_from_ten_bit', 'reduced_planes', 'least_factor']
 
 # %% ../nbs/06_pictures.ipynb #88c53d66
+import io
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,6 +100,7 @@ class Decoded:
     exif: bytes = b""  # EXIF note (TIFF), without the orientation that the planes follow already
     # primaries, transfer and matrix of the colours by ITU-T H.273; 2 where the file does not say
     cicp: tuple[int, int, int] = (2, 2, 2)
+    noted: tuple[str, ...] = ()  # what else its reader did or left out, in words
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -139,7 +142,7 @@ def said_of(
         said.append("neutral chroma added")
     elif chroma and (decoded.rgb or decoded.step != (2, 2)):
         said.append("chroma averaged to 4:2:0")
-    return said + [decoded.turned] * bool(decoded.turned)
+    return said + [decoded.turned] * bool(decoded.turned) + list(decoded.noted)
 
 # %% ../nbs/06_pictures.ipynb #8e6db1a0
 def _four_two_zero(plane, step, shape):
@@ -234,8 +237,31 @@ def _notes(image):
     note.load(exif)
     if note.pop(0x0112, 1) != 1:
         exif = note.tobytes()
-    icc = image.info.get("icc_profile") or b""
-    return dict(icc=icc, exif=exif.removeprefix(b"Exif\0\0"), step=_chroma_step(image))
+    icc, noted = image.info.get("icc_profile") or b"", ()
+    # the frames that Pillow counts in a PSD are its layers
+    if image.format != "PSD" and (count := getattr(image, "n_frames", 1)) > 1:
+        noted = (f"the first of {count} pictures in the file",)
+    found = _png_colours(image.filename) if image.format == "PNG" else {}
+    if found and icc:
+        icc, noted = b"", (*noted, "its colour profile left out, as its chunk cICP goes before it")
+    found |= dict(icc=icc, exif=exif.removeprefix(b"Exif\0\0"), noted=noted)
+    return found | dict(step=_chroma_step(image))
+
+
+def _png_colours(path):
+    "What the chunk cICP of a PNG says, for `Decoded`; nothing without one."
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"cICP" and length == 4:
+                primaries, transfer, _, full = file.read(4)  # the matrix is that of RGB
+                numbers = (n if 1 <= n <= 22 else 2 for n in (primaries, transfer))
+                return dict(cicp=(*numbers, 2), full=full > 0, tagged=True)
+            if kind == b"IDAT":
+                break
+            file.seek(length + 4, os.SEEK_CUR)
+    return {}
 
 
 def _chroma_step(image):
@@ -246,7 +272,81 @@ def _chroma_step(image):
         return 1, 1
     return {1: (1, 2), 2: (2, 2)}.get(JpegImagePlugin.get_sampling(image), (1, 1))
 
+# %% ../nbs/06_pictures.ipynb #7d1e0c21
+def _left_out(profile, why):
+    "Notes of a picture whose profile does not stay."
+    return dict(icc=b"", noted=(f"its colour profile left out, which is {why}",) if profile else ())
 
+
+def _space(profile):
+    "Kind of samples that a profile is for: RGB, GRAY, CMYK; empty where there is none."
+    return profile[16:20].decode("latin-1").strip()
+
+
+def _fitting(profile, grey):
+    "A profile for such samples, or notes that say why it was left out."
+    space = _space(profile)
+    if space == ("GRAY" if grey else "RGB"):
+        return dict(icc=profile, noted=())
+    return _left_out(profile, f"for {space} samples" if space.isalnum() else "damaged")
+
+
+def _with(notes, more):
+    "Notes of a picture and what came to them."
+    return notes | more | dict(noted=notes["noted"] + more["noted"])
+
+
+def _in_srgb(image, profile):
+    "A picture of Pillow as RGB, by its profile. Raises `OSError` for one that is damaged."
+    from PIL import ImageCms
+
+    try:
+        return ImageCms.profileToProfile(
+            image.convert(_space(profile)),
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode="RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except ImageCms.PyCMSError as error:
+        raise OSError(str(error)) from error
+
+
+def _by_profile(image, profile, grey):
+    """A picture of Pillow and what becomes of its profile.
+
+    Inks (CMYK), and grey that is described as RGB, have one for other samples than those that come
+    out: they become sRGB.
+    """
+    kind = "CMYK" if image.mode == "CMYK" else "grey" if grey else "RGB"
+    if _space(profile) != {"CMYK": "CMYK", "grey": "RGB"}.get(kind):
+        notes = _fitting(profile, grey)
+        if kind == "CMYK":
+            notes |= dict(icc=b"", noted=(*notes["noted"], "CMYK to RGB without a profile"))
+        return image, notes
+    try:
+        done = dict(icc=b"", noted=(f"{kind} to sRGB by its colour profile",))
+        return _in_srgb(image, profile), done
+    except OSError:
+        return image, _left_out(profile, "damaged")
+
+# %% ../nbs/06_pictures.ipynb #7d1e0c22
+def _deep_picture(path, image, premultiplied, notes):
+    "A picture of more than 8 bits, by FFmpeg: Pillow has no room for its colours."
+    if image.mode == "CMYK":
+        raise ValueError("its samples are CMYK of 16 bits; save it with 8, or as RGB")
+    turn = _EXIF.get(image.getexif().get(0x0112), (0, 0))
+    [(_, found)] = _film(path, [0], picture=True)
+    if premultiplied:  # colours that are multiplied by alpha already
+        top, alpha = (1 << found.bits) - 1, np.maximum(found.alpha, 1)
+        planes = (_codes(p * (top / alpha), 0, top) for p in found.planes)
+        found = replace(found, planes=tuple(planes))
+    notes = _with(notes, _fitting(notes["icc"], len(found.planes) == 1))
+    notes.pop("step")
+    return _oriented(replace(found, fps=None, **notes), *turn)
+
+# %% ../nbs/06_pictures.ipynb #7d1e0c23
 def _picture_file(path):
     "The picture in a file that Pillow reads; None for other files."
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -258,20 +358,20 @@ def _picture_file(path):
             deep = tile and (";16" in str(tile[3]) or (image.format == "PPM" and tile[0] == "ppm"))
             notes = _notes(image)
             if deep and image.mode not in ("I", "I;16", "I;16B"):
-                turn = _EXIF.get(image.getexif().get(0x0112), (0, 0))
-                [(_, found)] = _film(path, [0], picture=True)
-                notes.pop("step")
-                return _oriented(replace(found, fps=None, **notes), *turn)
+                return _deep_picture(path, image, "RGBa" in str(tile[3]), notes)
             image.load()
             mode, image = image.mode, ImageOps.exif_transpose(image)
             if mode == "F":
                 raise ValueError("its samples are floating-point numbers; save it with integers")
             if mode.startswith("I"):
+                notes = _with(notes, _fitting(notes["icc"], True))
                 return replace(_sixteen_bits(np.asarray(image)), **notes)
             grey = mode in ("1", "L", "LA")
-            pixels = np.asarray(image.convert("L" if grey else "RGB"))
             if image.has_transparency_data:
                 notes["alpha"] = np.asarray(image.convert("RGBA").getchannel("A"))
+            image, of_profile = _by_profile(image, notes["icc"], grey)
+            notes = _with(notes, of_profile)
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
     except UnidentifiedImageError:
         return None
     except MemoryError:
@@ -281,7 +381,7 @@ def _picture_file(path):
             raise
         raise ValueError(f"{path} cannot be decoded: {error}.".replace("..", ".")) from error
     planes = (pixels,) if grey else tuple(np.moveaxis(pixels, 2, 0))
-    return Decoded(planes, 8, True, rgb=not grey, **notes)
+    return Decoded(planes, 8, rgb=not grey, **(dict(full=True) | notes))
 
 
 def _sixteen_bits(samples):
@@ -698,8 +798,9 @@ def read_pictures(
         raise ValueError(f"{path} holds no frame that can be decoded.")
     order = tuple(planes) if count or wanted is None else tuple(wanted)
     shown = tuple(planes[n] for n in order)
-    # RGB has become YCbCr by BT.709
-    cicp = (1, 13, 1) if first.rgb else first.cicp
+    cicp = first.cicp
+    if first.rgb:  # it has become YCbCr by BT.709
+        cicp = (*((1, 13) if cicp[:2] == (2, 2) else cicp[:2]), 1)
     return Pictures(path, shown, order, first.bits, first.fps, tuple(said), cicp)
 
 # %% ../nbs/06_pictures.ipynb #f8091e5e

@@ -61,17 +61,20 @@ class Still:
         return "; ".join((f"{width}×{height}", *self.said))
 
 
-# weights of red and blue in luma: ITU-R BT.601-7 (2011), section 2.5.1
-_RED, _BLUE = 0.299, 0.114
+# matrix by ITU-T H.273 -> weights of red and blue in luma, and whose: ITU-R BT.601-7 (2011),
+# section 2.5.1, and BT.2020-2 (2015), table 4, non-constant luminance
+_WEIGHTS = {6: (0.299, 0.114, "BT.601"), 9: (0.2627, 0.0593, "BT.2020")}
+_BT2020 = 9  # these primaries, and the matrix that goes with them
 
 
-def _ycbcr(decoded, bits, step):
-    "Planes of RGB in full range by BT.601, rounded once."
+def _ycbcr(decoded, bits, step, matrix):
+    "Planes of RGB in full range by a matrix, rounded once."
+    of_red, of_blue, _ = _WEIGHTS[matrix]
     top, middle = (1 << bits) - 1, 1 << bits - 1
     red, green, blue = _zero_to_one(decoded)
-    luma = _RED * red + (1 - _RED - _BLUE) * green + _BLUE * blue
+    luma = of_red * red + (1 - of_red - of_blue) * green + of_blue * blue
     planes = [luma * top]
-    for colour, weight in ((blue, _BLUE), (red, _RED)):
+    for colour, weight in ((blue, of_blue), (red, of_red)):
         plane = (colour - luma) / (2 - 2 * weight)
         small = plane if step == (1, 1) else _four_two_zero(plane, (1, 1), plane.shape)
         planes.append(middle + top * small)
@@ -112,11 +115,11 @@ def still_picture(
     if subsampling not in (None, *_STEPS):
         raise ValueError(f"The chroma is 4:2:0 or 4:4:4, not {subsampling}.")
     step = _STEPS.get(subsampling) or (decoded.step if decoded.step == (2, 2) else (1, 1))
+    tags = _tags_of(decoded)
     if decoded.rgb:
-        planes, full = _ycbcr(decoded, bits, step), True
+        planes = _ycbcr(decoded, bits, step, tags.matrix)
     else:
-        luma, *colours = decoded.planes
-        full = decoded.full
+        (luma, *colours), full = decoded.planes, decoded.full
         colours = [_with_step(plane, decoded.step, step, luma.shape) for plane in colours]
         planes = (
             _at_depth(luma, decoded.bits, bits, full),
@@ -127,17 +130,24 @@ def still_picture(
         opaque = alpha.min() == (1 << decoded.bits) - 1
         alpha = None if opaque else _at_depth(alpha, decoded.bits, bits, True)
     picture = replace(
-        decoded, planes=planes, bits=bits, full=full, rgb=False, step=step, alpha=alpha
+        decoded, planes=planes, bits=bits, full=tags.full, rgb=False, step=step, alpha=alpha
     )
-    tags = _tags_of(decoded, full)
     return Still(picture, tags, tuple(_said(decoded, picture, tags)))
 
 
-def _tags_of(decoded, full):
-    "Tags of the coded picture."
-    if decoded.rgb or len(decoded.planes) == 1:
-        return ColourTags(*((2, 2) if decoded.icc else (1, 13)), 6, full)
-    return ColourTags(*(decoded.cicp if decoded.cicp != (2, 2, 2) else (1, 1, 1)), full)
+def _tags_of(decoded):
+    "Tags of the coded picture: those of the file, filled up where it says nothing."
+    primaries, transfer, matrix = decoded.cicp
+    matrix = 2 if decoded.rgb else matrix  # the samples will be YCbCr, by a matrix of our choice
+    grey, full = len(decoded.planes) == 1, decoded.full or decoded.rgb
+    if decoded.icc and (decoded.rgb or grey):
+        primaries, transfer = 2, 2  # the profile says them
+    elif (primaries, transfer) == (2, 2) and (decoded.rgb or grey or matrix == 2):
+        primaries, transfer = (1, 13) if decoded.rgb or grey else (1, 1)
+    if matrix == 2:
+        usual = 6 if decoded.rgb or grey else 1
+        matrix = _BT2020 if primaries == _BT2020 else usual
+    return ColourTags(primaries, transfer, matrix, full)
 
 
 def _said(decoded, picture, tags):
@@ -146,9 +156,10 @@ def _said(decoded, picture, tags):
     yield f"{picture.bits}-bit {kind}, {'full' if tags.full else 'narrow'} range"
     numbers = f"{tags.primaries}/{tags.transfer}/{tags.matrix}"
     if decoded.rgb:
-        yield f"RGB to YCbCr by BT.601, tagged {numbers}"
-    elif not grey and decoded.cicp == (2, 2, 2):
-        yield f"the file names no matrix, taken for BT.709, tagged {numbers}"
+        yield f"RGB to YCbCr by {_WEIGHTS[tags.matrix][2]}, tagged {numbers}"
+    elif not grey and decoded.cicp[2] == 2:
+        name = "BT.2020" if tags.matrix == _BT2020 else "BT.709"
+        yield f"the file names no matrix, taken for {name}, tagged {numbers}"
     else:
         yield f"tagged {numbers}"
     for name, there in (
@@ -160,6 +171,7 @@ def _said(decoded, picture, tags):
             yield f"with {name}"
     if picture.turned:
         yield picture.turned
+    yield from picture.noted
 
 # %% ../nbs/32_stills.ipynb #27aa4b56
 def read_still(
@@ -170,7 +182,7 @@ def read_still(
     height: int | None = None,  # of a `.yuv`, in pixels
     depth: int = 10,  # bits a sample of a `.yuv`
 ) -> Still:
-    """The one picture of a file, ready to be coded.
+    """The picture of a file, ready to be coded; the first one where an animation or pages follow.
 
     Raises `FileNotFoundError`, and `ValueError` for what cannot be read, for AVIF, and for a film
     of several frames.
@@ -445,12 +457,16 @@ def encode_stills(
     **settings,  # as in `encode_still`
     # picture, and what came of it: the picture read and coded, or the error that names the fault
 ) -> Iterator[tuple[Path, tuple[Still, EncodedStill] | Exception]]:
-    "Code one picture after the other; a fault of one does not stop the others."
+    """Code one picture after the other; a fault of one, or memory that does not suffice for it,
+    does not stop the others.
+    """
     for path, target in pairs:
         try:
             still = read_still(path, bits, subsampling, width, height, depth)
             done = still, encode_still(still, target, **settings)
-        except (ValueError, OSError) as error:
+        except MemoryError as error:
+            done = MemoryError(f"{path} needs more memory than there is. {error}".strip())
+        except (ValueError, OSError, RuntimeError) as error:  # LibaomError is a RuntimeError
             done = error
         yield path, done
 

@@ -5,15 +5,18 @@ picture that went in.
 import base64
 import io
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from av1nb import stills
 from av1nb.encoding import synthetic_picture
-from av1nb.pictures import read_pictures
+from av1nb.libaom import LibaomError
+from av1nb.pictures import decode_pictures, read_pictures
 from conftest import av1nb
 
 ROOT = Path(__file__).parent.parent
@@ -101,8 +104,6 @@ def test_a_jpeg_stands_upright(orientation, tmp_path):
         tmp_path / "in.jpg", exif=note, icc_profile=profile, quality=95, subsampling=2
     )
     with Image.open(tmp_path / "in.jpg") as source:
-        from PIL import ImageOps
-
         upright = np.asarray(ImageOps.exif_transpose(source))
     still = stills.read_still(tmp_path / "in.jpg")
     assert (still.subsampling, still.tags.primaries) == ("4:2:0", 2)
@@ -124,6 +125,158 @@ def test_alpha_is_whole_in_both_depths(tmp_path):
     Image.fromarray(pixels, "RGBA").save(tmp_path / "in.png")
     still = stills.read_still(tmp_path / "in.png")
     assert still.picture.alpha is None
+
+
+def inks_profile(of_first_ink=(0, 128, 0)):
+    """A profile of printing inks (ICC.1:2022) that no formula guesses: the first ink is green, the
+    others are grey, and paper is white.
+    """
+    to_lab = ImageCms.buildTransform(
+        ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
+    )
+
+    def lab(*rgb):
+        sample = ImageCms.applyTransform(Image.new("RGB", (1, 1), rgb), to_lab)
+        lightness, a, b = sample.tobytes()  # a and b are signed
+        return bytes([lightness, a ^ 128, b ^ 128])
+
+    ramp, nodes = bytes(range(256)), b""
+    for first, *others in np.ndindex(2, 2, 2, 2):  # the last ink runs fastest
+        grey = 255 * (3 - sum(others)) // 3
+        nodes += lab(*(of_first_ink if first and not any(others) else 3 * (grey,)))
+    unit = struct.pack(">9i", *(65536 * (k in (0, 4, 8)) for k in range(9)))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + unit + 4 * ramp + nodes + 3 * ramp
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    shelf = {b"A2B0": table + bytes(-len(table) % 4), b"wtpt": white}
+    place, entries, data = 128 + 4 + 12 * len(shelf), b"", b""
+    for name, content in shelf.items():
+        entries += name + struct.pack(">II", place + len(data), len(content))
+        data += content
+    head = bytes(8) + b"\x02\x40\0\0" + b"prtrCMYKLab " + bytes(12) + b"acsp" + bytes(28)
+    head += struct.pack(">3i", 63190, 65536, 54061) + bytes(48)
+    body = head + struct.pack(">I", len(shelf)) + entries + data
+    return struct.pack(">I", len(body)) + body[4:]
+
+
+def test_inks_become_srgb_by_their_profile(tmp_path):
+    inks = np.zeros((40, 64, 4), np.uint8)
+    inks[:, 32:, 0] = 255
+    picture = Image.fromarray(inks, "CMYK")
+    for profile, said, right in (
+        (inks_profile(), "CMYK to sRGB by its colour profile", (0, 128, 0)),
+        (b"", "CMYK to RGB without a profile", (0, 255, 255)),
+    ):
+        picture.save(tmp_path / "in.jpg", quality=100, subsampling=0, icc_profile=profile)
+        still = stills.read_still(tmp_path / "in.jpg")
+        assert said in str(still) and (still.picture.icc, still.tags.primaries) == (b"", 1)
+        image = opened(stills.encode_still(still, **FINE).avif)
+        assert "icc_profile" not in image.info
+        assert np.abs(np.subtract(image.getpixel((10, 20)), 255)).max() < 4  # paper
+        assert np.abs(np.subtract(image.getpixel((50, 20)), right)).max() < 6
+
+
+def png(path, samples, cicp=None):
+    "Write a PNG of 8 or 16 bits, with a chunk cICP."
+
+    def chunk(kind, content):
+        head = struct.pack(">I", len(content)) + kind + content
+        return head + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, channels = samples.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    head = struct.pack(">IIBBBBB", width, height, 8 * samples.itemsize, kind, 0, 0, 0)
+    rows = samples.astype(samples.dtype.newbyteorder(">")).reshape(height, -1)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    colours = chunk(b"cICP", bytes(cicp)) if cicp else b""
+    body = chunk(b"IHDR", head) + colours + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+@pytest.mark.parametrize("dtype, channels", [("u2", 3), ("u1", 3), ("u2", 1), ("u1", 1)])
+def test_colours_that_a_png_names_in_numbers_are_kept(dtype, channels, tmp_path):
+    values = smooth()[..., :channels].astype(dtype)
+    values = values * 257 if dtype == "u2" else values
+    png(tmp_path / "in.png", values, (9, 16, 0, 1))
+    still = stills.read_still(tmp_path / "in.png")
+    assert "tagged 9/16/9" in str(still)
+    stills.encode_still(still, tmp_path / "out.avif", **FINE)
+    [(_, found)] = decode_pictures(tmp_path / "out.avif")
+    assert (found.cicp, found.full) == ((9, 16, 9), True)
+    assert found.bits == (10 if dtype == "u2" else 8)
+    shares = values / np.iinfo(dtype).max
+    luma = shares @ (0.2627, 0.678, 0.0593) if channels == 3 else shares[..., 0]
+    assert error(found.planes[0] / ((1 << found.bits) - 1), luma) < 1 / 255
+
+
+def test_of_several_pictures_the_first_is_taken_and_said(tmp_path):
+    first, *others = (Image.fromarray(smooth() // part) for part in (1, 2, 3))
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    paths = [folder / f"{ending}.{ending}" for ending in ("gif", "png", "tif", "webp")]
+    for path in paths:
+        first.save(path, save_all=True, append_images=others, lossless=True)
+    done = av1nb("encode", folder, "--out", out, "--stock", "--speed", 4, "--cq-level", 1)
+    for path, line in zip(paths, done.stdout.splitlines(), strict=False):
+        assert path.name in line and "the first of 3 pictures in the file" in line
+        shown = np.asarray(Image.open(out / f"{path.stem}.avif").convert("RGB"))
+        with Image.open(path) as source:
+            assert error(shown, np.asarray(source.convert("RGB"))) < 2.5  # a palette's colours jump
+
+
+def test_colours_multiplied_by_alpha_are_divided_again(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    alpha = np.full((47, 61), 128, np.uint8)
+    alpha[:, 30:] = 255
+    for deep in (False, True):
+        straight = np.dstack([smooth(), alpha]).astype(np.uint16) * (257 if deep else 1)
+        top = 65535 if deep else 255
+        for extra, part in (("assocalpha", straight[..., 3:] / top), ("unassalpha", 1)):
+            colours = np.rint(straight[..., :3] * part)
+            stored = np.dstack([colours, straight[..., 3]]).astype(np.uint16 if deep else np.uint8)
+            tifffile.imwrite(tmp_path / "in.tif", stored, photometric="rgb", extrasamples=[extra])
+            still = stills.read_still(tmp_path / "in.tif", 10 if deep else 8, "4:4:4")
+            image = opened(stills.encode_still(still, **FINE).avif)
+            assert image.mode == "RGBA" and error(np.asarray(image)[..., :3], smooth()) < 1.5
+            assert np.abs(np.asarray(image)[..., 3].astype(int) - alpha).max() <= 1
+
+
+def test_one_picture_that_fails_in_any_way_does_not_stop_the_others(tmp_path, monkeypatch):
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a", "b", "c", "d", "e"):
+        Image.fromarray(smooth()).save(folder / f"{name}.png")
+    Image.fromarray(smooth(300, 200)).save(folder / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20000)
+    faults = {
+        "b": LibaomError("libaom is at fault"),
+        "c": MemoryError(),
+        "d": RuntimeError("a thread cannot start"),
+    }
+    code = stills.encode_still
+
+    def faulty(still, target, **settings):
+        if target.stem in faults:
+            raise faults[target.stem]
+        return code(still, target, **settings)
+
+    monkeypatch.setattr(stills, "encode_still", faulty)
+    from typer.testing import CliRunner
+
+    from av1nb import cli
+
+    command = ["encode", str(folder), "--out", str(out), "--stock", "--speed", "4"]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 1
+    said = [line for line in done.stderr.splitlines() if "not written: " in line]
+    assert len(said) == 5 and "4 of 6 pictures not written" in said[-1]
+    for name, words in (
+        ("b", "libaom is at fault"),
+        ("c", "needs more memory than there is"),
+        ("d", "a thread cannot start"),
+        ("huge", "exceeds limit"),
+    ):
+        assert sum(words in line and f"{name}.png" in line for line in said) == 1
+    assert sorted(path.name for path in out.iterdir()) == ["a.avif", "e.avif"]
 
 
 PIXELS = """
@@ -152,6 +305,16 @@ def driver():
         yield found
 
 
+def shown_by(driver, data):
+    "Pixels that a browser shows of an AVIF file, uint8 [rows, columns, 4]."
+    driver.get("about:blank")
+    url = f"data:image/avif;base64,{base64.b64encode(data).decode()}"
+    found = driver.execute_async_script(PIXELS, url)
+    assert isinstance(found, list), found
+    return np.array(found[2:]).reshape(found[1], found[0], 4)
+
+
+@pytest.mark.parametrize("size", [(61, 47), (1, 1)])
 @pytest.mark.parametrize(
     "bits, subsampling, mode",
     [
@@ -160,27 +323,43 @@ def driver():
         (10, "4:2:0", "RGB"),
         (10, "4:4:4", "RGB"),
         (8, "4:2:0", "L"),
+        (10, "4:2:0", "L"),
+        (8, "4:2:0", "LA"),
         (8, "4:4:4", "RGBA"),
+        (10, "4:4:4", "RGBA"),
     ],
 )
-def test_a_browser_shows_what_the_decoder_gives(bits, subsampling, mode, driver, tmp_path):
-    image = Image.fromarray(smooth()).convert(mode)
-    if mode == "RGBA":
-        image.putalpha(Image.fromarray(np.where(smooth()[..., 0] > 90, 255, 0).astype(np.uint8)))
+def test_a_browser_shows_what_the_decoder_gives(bits, subsampling, mode, size, driver, tmp_path):
+    pixels = smooth(*size) if min(size) > 1 else np.full((1, 1, 3), (200, 30, 90), np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    if mode.endswith("A"):
+        image.putalpha(Image.fromarray(np.where(pixels[..., 0] > 90, 255, 0).astype(np.uint8)))
     image.save(tmp_path / "in.png")
     still = stills.read_still(tmp_path / "in.png", bits, subsampling)
     data = stills.encode_still(still, **FINE).avif
-    driver.get("about:blank")
-    url = f"data:image/avif;base64,{base64.b64encode(data).decode()}"
-    found = driver.execute_async_script(PIXELS, url)
-    assert found[:2] == [61, 47], found
-    shown = np.array(found[2:]).reshape(47, 61, 4)
+    shown = shown_by(driver, data)
+    assert shown.shape[1::-1] == size
     decoded = np.asarray(opened(data).convert("RGBA")).astype(int)
     seen = decoded[..., 3] > 0
     # two programs round apart, and interpolate chroma apart
     assert np.abs(shown - decoded)[seen].max() <= 4
     assert np.array_equal(shown[..., 3], decoded[..., 3])
-    assert error(shown[seen][:, :3], np.asarray(image.convert("RGB"))[seen]) < 1.5
+    least = 1.5 if min(size) > 1 else 4
+    assert error(shown[seen][:, :3], np.asarray(image.convert("RGB"))[seen]) < least
+
+
+@pytest.mark.parametrize("orientation", [3, 5, 6])
+def test_a_browser_shows_a_photograph_upright(orientation, driver, tmp_path):
+    note = Image.Exif()
+    note[0x0112] = orientation
+    path = tmp_path / "in.jpg"
+    Image.fromarray(smooth()).save(path, exif=note, quality=95, subsampling=2)
+    data = stills.encode_still(stills.read_still(path), **FINE).avif
+    with Image.open(path) as source:
+        upright = np.asarray(ImageOps.exif_transpose(source))
+    shown = shown_by(driver, data)[..., :3]
+    assert np.abs(shown - np.asarray(opened(data)).astype(int)).max() <= 4
+    assert error(shown, upright) < 1.5
 
 
 def test_the_command_line(tmp_path):
