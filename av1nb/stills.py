@@ -98,43 +98,7 @@ def _with_step(plane, old, new, shape):
         return _four_two_zero(plane, old, shape)
     return plane.repeat(old[0], 0).repeat(old[1], 1)[: shape[0], : shape[1]]
 
-# %% ../nbs/32_stills.ipynb #fece2053
-_STEPS = {"4:2:0": (2, 2), "4:4:4": (1, 1)}
-
-
-def still_picture(
-    decoded: Decoded,  # a picture as its decoder left it
-    bits: int | None = None,  # 8 or 10; None: 8 where the source has no more
-    # "4:2:0" or "4:4:4"; None: that of the source, 4:4:4 for what lies between
-    subsampling: str | None = None,
-) -> Still:
-    "The picture to code. Raises `ValueError` for another depth or subsampling."
-    bits = bits or (8 if decoded.bits <= 8 else 10)
-    if bits not in (8, 10):
-        raise ValueError(f"AVIF is written with 8 or 10 bits, not with {bits}.")
-    if subsampling not in (None, *_STEPS):
-        raise ValueError(f"The chroma is 4:2:0 or 4:4:4, not {subsampling}.")
-    step = _STEPS.get(subsampling) or (decoded.step if decoded.step == (2, 2) else (1, 1))
-    tags = _tags_of(decoded)
-    if decoded.rgb:
-        planes = _ycbcr(decoded, bits, step, tags.matrix)
-    else:
-        (luma, *colours), full = decoded.planes, decoded.full
-        colours = [_with_step(plane, decoded.step, step, luma.shape) for plane in colours]
-        planes = (
-            _at_depth(luma, decoded.bits, bits, full),
-            *(_at_depth(plane, decoded.bits, bits, full, 0.5) for plane in colours),
-        )
-    alpha = decoded.alpha
-    if alpha is not None:
-        opaque = alpha.min() == (1 << decoded.bits) - 1
-        alpha = None if opaque else _at_depth(alpha, decoded.bits, bits, True)
-    picture = replace(
-        decoded, planes=planes, bits=bits, full=tags.full, rgb=False, step=step, alpha=alpha
-    )
-    return Still(picture, tags, tuple(_said(decoded, picture, tags)))
-
-
+# %% ../nbs/32_stills.ipynb #7d1e0c31
 def _tags_of(decoded):
     "Tags of the coded picture: those of the file, filled up where it says nothing."
     primaries, transfer, matrix = decoded.cicp
@@ -172,6 +136,42 @@ def _said(decoded, picture, tags):
     if picture.turned:
         yield picture.turned
     yield from picture.noted
+
+# %% ../nbs/32_stills.ipynb #fece2053
+_STEPS = {"4:2:0": (2, 2), "4:4:4": (1, 1)}
+
+
+def still_picture(
+    decoded: Decoded,  # a picture as its decoder left it
+    bits: int | None = None,  # 8 or 10; None: 8 where the source has no more
+    # "4:2:0" or "4:4:4"; None: that of the source, 4:4:4 for what lies between
+    subsampling: str | None = None,
+) -> Still:
+    "The picture to code. Raises `ValueError` for another depth or subsampling."
+    bits = bits or (8 if decoded.bits <= 8 else 10)
+    if bits not in (8, 10):
+        raise ValueError(f"AVIF is written with 8 or 10 bits, not with {bits}.")
+    if subsampling not in (None, *_STEPS):
+        raise ValueError(f"The chroma is 4:2:0 or 4:4:4, not {subsampling}.")
+    step = _STEPS.get(subsampling) or (decoded.step if decoded.step == (2, 2) else (1, 1))
+    tags = _tags_of(decoded)
+    if decoded.rgb:
+        planes = _ycbcr(decoded, bits, step, tags.matrix)
+    else:
+        (luma, *colours), full = decoded.planes, decoded.full
+        colours = [_with_step(plane, decoded.step, step, luma.shape) for plane in colours]
+        planes = (
+            _at_depth(luma, decoded.bits, bits, full),
+            *(_at_depth(plane, decoded.bits, bits, full, 0.5) for plane in colours),
+        )
+    alpha = decoded.alpha
+    if alpha is not None:
+        opaque = alpha.min() == (1 << decoded.bits) - 1
+        alpha = None if opaque else _at_depth(alpha, decoded.bits, bits, True)
+    picture = replace(
+        decoded, planes=planes, bits=bits, full=tags.full, rgb=False, step=step, alpha=alpha
+    )
+    return Still(picture, tags, tuple(_said(decoded, picture, tags)))
 
 # %% ../nbs/32_stills.ipynb #27aa4b56
 def read_still(
