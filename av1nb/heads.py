@@ -22,7 +22,13 @@ from torch import nn
 from torch.nn import functional
 
 from .files import read_tensors, require_fields
-from .backbones import Backbone, JointBackbone, LightBackbone, ResNet18Blocks
+from av1nb.backbones import (
+    Backbone,
+    JointBackbone,
+    LightBackbone,
+    ResNet18Blocks,
+    adapter_of,
+)
 from .partitions import HIERARCHIES, Hierarchy, PartitionType
 
 # %% ../nbs/13_heads.ipynb #299c12ae
@@ -296,6 +302,7 @@ class StageModel(nn.Module):
             qindex=self.uses_qindex,
             centre=self.backbone.centres,
             normalisation="uint16/1023",
+            **({"adapter": adapter_of(self.backbone)} if adapter_of(self.backbone) else {}),
         )
 
 # %% ../nbs/13_heads.ipynb #08d32433
@@ -338,6 +345,7 @@ def build_model(
     dropout: float | None = None,
     projection: int = 128,  # fine-grained head: length of the embedding
     scale: float = 16.0,  # fine-grained head: scale of the cosines at the start
+    adapter: str | None = None,  # v6 only: a kind of `backbones.ADAPTERS`; None: none
 ) -> StageModel:
     """The model of one stage.
 
@@ -354,6 +362,8 @@ def build_model(
             "pretrained weights are those of a ResNet-18; the v5 backbone has none: use"
             " pretrained=None"
         )
+    if architecture == "v5" and adapter is not None:
+        raise ValueError(f"only the v6 backbone takes adapters: use adapter=None, not {adapter!r}")
     if head == "fine_grained" and binary:
         raise ValueError(
             f"stage {stage!r} is binary, the fine-grained head compares classes: use head='mlp'"
@@ -361,7 +371,7 @@ def build_model(
     if head == "auto":
         head = "light" if architecture == "v5" else "fine_grained" if stage == "AB" else "mlp"
     backbone = (
-        ResNet18Blocks(pretrained, qindex, centre)
+        ResNet18Blocks(pretrained, qindex, centre, adapter)
         if architecture == "v6"
         else LightBackbone(qindex, centre)
     )
@@ -602,6 +612,7 @@ class StateKind(NamedTuple):
     centre: bool  # whether blocks are centred
     projection: int | None  # length of the embedding of a fine-grained head
     joint: tuple  # names of the heads in a v5 file of all stages, else empty
+    adapter: str | None = None  # kind of the adapters in a v6 backbone, or None
 
     def __str__(self):
         backbone = {
@@ -664,6 +675,15 @@ def identify_state(
         "backbone.centred" in state,
         projection,
         joint,
+        _adapter_of(state),
+    )
+
+
+def _adapter_of(state):
+    "The kind of the adapters in a state, by the name of a weight that only one kind has."
+    kinds = {"mix": "residual", "depthwise": "convolutional"}
+    return next(
+        (k for name, k in kinds.items() if f"backbone.adapters.0.{name}.weight" in state), None
     )
 
 # %% ../nbs/13_heads.ipynb #bbfa74ca
@@ -805,6 +825,9 @@ def load_backbone(
     """Load the backbone of a checkpoint, strictly, and leave the head alone; returns the content
     without the weights.
 
+    Adapters belong to the stage that trained them: those of the file stay there, and those of the
+    model as they are.
+
     Raises as `load_weights` does.
     """
     content = read_checkpoint(path)
@@ -823,10 +846,13 @@ def load_backbone(
     state = {
         key.removeprefix("backbone."): tensor
         for key, tensor in state.items()
-        if key.startswith("backbone.")
+        if key.startswith("backbone.") and not key.startswith("backbone.adapters.")
     }
-    require_same_keys(state, model.backbone.state_dict(), f"the backbone of {path} does not fit")
-    model.backbone.load_state_dict(state, strict=True)
+    own = model.backbone.state_dict()
+    adapters = {key: tensor for key, tensor in own.items() if key.startswith("adapters.")}
+    shared = {key: tensor for key, tensor in own.items() if key not in adapters}
+    require_same_keys(state, shared, f"the backbone of {path} does not fit")
+    model.backbone.load_state_dict(state | adapters, strict=True)
     return content
 
 # %% ../nbs/13_heads.ipynb #3d515263
@@ -878,7 +904,14 @@ def model_from_checkpoint(
     if head == "fine_grained" and is_binary(hierarchy, stage):
         raise CheckpointError(f"{path} is {kind}; expected the model of the binary stage {stage!r}")
     model = build_model(
-        hierarchy, stage, architecture, head, qindex=kind.qindex, centre=kind.centre, **options
+        hierarchy,
+        stage,
+        architecture,
+        head,
+        qindex=kind.qindex,
+        centre=kind.centre,
+        adapter=kind.adapter,
+        **options,
     )
     return model.eval(), load_weights(model, path, split_hash)
 

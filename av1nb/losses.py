@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['check_labels', 'Loss', 'inverse_frequency_weights', 'effective_number_weights', 'class_weights', 'pick_weights',
-           'CrossEntropy', 'BinaryFocal', 'MultiClassFocal', 'ClassBalancedFocal', 'PositiveWeightFocal',
-           'check_criterion', 'rank_descending', 'Mining', 'HardNegativeMining', 'HardExampleMining', 'mixed_loss',
-           'CenterLoss', 'Objective', 'mean_where', 'TreeLikelihood', 'RegretLikelihood']
+           'CrossEntropy', 'BinaryFocal', 'MultiClassFocal', 'ClassBalancedFocal', 'PositiveWeightFocal', 'Poly1Focal',
+           'AsymmetricLoss', 'check_criterion', 'rank_descending', 'Mining', 'HardNegativeMining', 'HardExampleMining',
+           'mixed_loss', 'CenterLoss', 'Objective', 'PullToStart', 'fisher_diagonal', 'Beside', 'Pulled', 'Strays',
+           'Taught', 'project_conflicts', 'TwoTasks', 'mean_where', 'TreeLikelihood', 'RegretLikelihood']
 
 # %% ../nbs/14_losses.ipynb #93f5e036
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from .augment import MixedLabels, check_number
-from .datasets import are_checked
-from .heads import type_log_probabilities
+from .datasets import Batches, are_checked
+from .heads import StageModel, to_probabilities, type_log_probabilities
 from .partitions import LARGE_LEVELS, LEVELS, PartitionType, cell_slices, legal_types
 
 # %% ../nbs/14_losses.ipynb #cb3bd69e
@@ -342,6 +343,79 @@ class PositiveWeightFocal(BinaryFocal):
         # stays the buffer that the base class registered
         self.alpha = torch.tensor([1.0, positive_weight])
 
+# %% ../nbs/14_losses.ipynb #3ff04e61
+class Poly1Focal(MultiClassFocal):
+    r"""Focal loss with another first coefficient:
+    $\alpha_y \left(-(1-p_y)^\gamma \log p_y + \epsilon (1-p_y)^{\gamma+1}\right)$.
+
+    Leng et al., 2022, *PolyLoss: A Polynomial Expansion Perspective of Classification Loss
+    Functions*.
+    """
+
+    def __init__(
+        self,
+        gamma: float = 2.0,  # focusing exponent, at least 0; 0 is Poly-1 cross-entropy
+        # one positive number a class [C]; a single number for all classes; or None for 1
+        alpha: float | ArrayLike | None = None,
+        epsilon: float = 1.0,  # what is added to the first coefficient, at least −1
+        reduction: str = "mean",  # "mean" over samples, "sum", or "none"
+    ):
+        super().__init__(gamma, alpha, reduction)
+        self.epsilon = check_number("epsilon", epsilon, -1)
+
+    def per_sample(
+        self,
+        logits: torch.Tensor,  # [B, C], at least two classes
+        target: torch.Tensor,  # int64 [B]
+    ) -> torch.Tensor:  # [B]
+        "Poly-1 focal loss of each sample."
+        log_p = F.log_softmax(logits, 1)
+        log_others = log_p.scatter(1, target[:, None], -torch.inf).logsumexp(1)
+        added = self.epsilon * torch.exp((self.gamma + 1) * log_others)
+        if self.alpha is not None:
+            alpha = self.alpha.to(logits.dtype)
+            added = added * (alpha if alpha.ndim == 0 else pick_weights(alpha, logits, target))
+        return super().per_sample(logits, target) + added
+
+# %% ../nbs/14_losses.ipynb #e90943bc
+class AsymmetricLoss(Loss):
+    r"""Each class asked by itself, with $p_k$ the sigmoid of its logit:
+    $-(1-p_y)^{\gamma_+} \log p_y - \sum_{k \ne y} q_k^{\gamma_-} \log (1-q_k)$,
+    $q_k = \max(p_k - m, 0)$.
+
+    Ridnik et al., 2021, *Asymmetric Loss for Multi-Label Classification*.
+    """
+
+    def __init__(
+        self,
+        weight: ArrayLike | None = None,  # one positive number a class [C], or None
+        gamma_positive: float = 0.0,  # focusing exponent of the right class, at least 0
+        gamma_negative: float = 4.0,  # focusing exponent of the others, at least 0
+        margin: float = 0.05,  # others with a probability below it cost nothing, 0–1
+        reduction: str = "mean",  # "mean" over samples, "sum", or "none"
+    ):
+        super().__init__(reduction)
+        self.gamma_positive = check_number("gamma_positive", gamma_positive, 0)
+        self.gamma_negative = check_number("gamma_negative", gamma_negative, 0)
+        self.margin = check_number("margin", margin, 0, 1)
+        self.register_buffer("weight", None if weight is None else class_weights("weight", weight))
+
+    def per_sample(
+        self,
+        logits: torch.Tensor,  # [B, C]
+        target: torch.Tensor,  # int64 [B]
+    ) -> torch.Tensor:  # [B]
+        "Asymmetric loss of each sample."
+        log_p, log_not = F.logsigmoid(logits), F.logsigmoid(-logits)
+        right = torch.exp(self.gamma_positive * log_not) * log_p
+        shifted = (log_p.exp() - self.margin).clamp(min=0)
+        wrong = shifted**self.gamma_negative * (1 - shifted).clamp(min=1e-8).log()
+        is_right = F.one_hot(target, logits.shape[1]).bool()
+        losses = -torch.where(is_right, right, wrong).sum(1)
+        if self.weight is None:
+            return losses
+        return losses * pick_weights(self.weight, logits, target)
+
 # %% ../nbs/14_losses.ipynb #9f8915c1
 def check_criterion(
     criterion: object,  # what should be a loss of this module
@@ -619,6 +693,309 @@ class Objective(nn.Module):
             + self.center_weight * self.center_loss(embedding, target),
             logits,
         )
+
+# %% ../nbs/14_losses.ipynb #42737416
+class PullToStart(nn.Module):
+    r"""$\tfrac{w}{2} \sum_i F_i (\theta_i - \theta_i^0)^2$ over the parameters that are named in
+    the start; zero there.
+
+    Li, Grandvalet, Davoine, 2018, *Explicit Inductive Bias for Transfer Learning with Convolutional
+    Networks* (all F = 1); Kirkpatrick et al., 2017, *Overcoming catastrophic forgetting in neural
+    networks* (F: the diagonal of the Fisher information, here divided by its mean, so that both
+    kinds have one scale).
+    """
+
+    def __init__(
+        self,
+        start: nn.Module,  # where the parameters come from; they are copied
+        weight: float = 0.1,  # w, at least 0
+        # name of a parameter → F of each of its numbers, at least 0; None: 1 for all
+        importance: dict | None = None,
+    ):
+        super().__init__()
+        self.weight = check_number("weight", weight, 0)
+        self.names = [name for name, _ in start.named_parameters()]
+        for number, (_, parameter) in enumerate(start.named_parameters()):
+            self.register_buffer(f"start_{number}", parameter.detach().clone())
+        total = 0.0
+        if importance is not None:
+            counted = sum(importance[name].numel() for name in self.names)
+            total = float(sum(importance[name].sum() for name in self.names)) / counted
+            if not total > 0:
+                raise ValueError("importance must hold numbers above 0: this task needs no weight.")
+        for number, name in enumerate(self.names):
+            own = None if importance is None else importance[name].detach() / total
+            self.register_buffer(f"importance_{number}", own)
+
+    def forward(
+        self,
+        module: nn.Module,  # with all parameters of the start, and perhaps more
+    ) -> torch.Tensor:  # scalar
+        "How far the parameters have gone."
+        own, parts = dict(module.named_parameters()), []
+        for number, name in enumerate(self.names):
+            square = (own[name] - self.get_buffer(f"start_{number}")).square()
+            importance = getattr(self, f"importance_{number}")
+            parts.append((square if importance is None else importance * square).sum())
+        return self.weight / 2 * torch.stack(parts).sum()
+
+# %% ../nbs/14_losses.ipynb #6512a72d
+def fisher_diagonal(
+    model: StageModel,  # trained; asked in evaluation mode and left in it
+    batches: Iterable,  # of its task: (x, labels, *inputs); the labels are not looked at
+    seed: int = 42,  # of the labels that are drawn
+) -> dict:  # name of a parameter of the backbone → its mean over blocks, of the same shape
+    """Diagonal of the Fisher information of a network's answers, for the parameters of its
+    backbone.
+
+    Kirkpatrick et al., 2017, *Overcoming catastrophic forgetting in neural networks*.
+    """
+    model.eval()
+    named = dict(model.backbone.named_parameters())
+    sums, blocks = {name: torch.zeros_like(p) for name, p in named.items()}, 0
+    generator = torch.Generator().manual_seed(seed)
+    for x, _, *inputs in batches:
+        log_p = to_probabilities(model(x, *inputs)).clamp(min=1e-12).log()
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+        likelihood = log_p.gather(1, drawn.to(log_p.device)).sum()
+        gradients = torch.autograd.grad(likelihood, list(named.values()), allow_unused=True)
+        for name, gradient in zip(named, gradients):
+            if gradient is not None:
+                sums[name] += gradient.square()
+        blocks += len(x)
+    return {name: total / blocks for name, total in sums.items()}
+
+# %% ../nbs/14_losses.ipynb #da720e39
+class Beside(nn.Module):
+    """Base of objectives that add something to another one while training.
+
+    A subclass implements `together`.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,  # objective(model, x, target, *inputs) → (loss, logits)
+        batches: Batches | None = None,  # blocks of its own, drawn again and again
+    ):
+        super().__init__()
+        self.objective, self.batches, self.drawn = objective, batches, 0
+
+    def get_extra_state(self) -> dict:
+        "How many batches were drawn."
+        return {"drawn": self.drawn}
+
+    def set_extra_state(
+        self,
+        state: dict,  # what `get_extra_state` returned
+    ) -> None:
+        "Go on drawing where another one stopped."
+        self.drawn = state["drawn"]
+
+    def draw(self) -> tuple:  # (x, labels, *inputs)
+        "The next batch of its own blocks."
+        epoch, number = divmod(self.drawn, len(self.batches))
+        self.batches.set_epoch(epoch + 1, number)
+        self.drawn += 1
+        return next(iter(self.batches))
+
+    def forward(
+        self,
+        model: nn.Module,  # as the objective takes it
+        x: torch.Tensor,  # blocks [B, 1, S, S]
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
+        *inputs: torch.Tensor,  # further inputs of the model
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # scalar loss and logits
+        "The objective, in training with what is beside it."
+        if not (self.training and torch.is_grad_enabled()):
+            return self.objective(model, x, target, *inputs)
+        return self.together(model, x, target, *inputs)
+
+    def together(
+        self,
+        model: nn.Module,  # as the objective takes it
+        x: torch.Tensor,  # blocks [B, 1, S, S]
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
+        *inputs: torch.Tensor,  # further inputs of the model
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # scalar loss and logits
+        "Loss of a training step."
+        raise NotImplementedError(f"{type(self).__name__} does not define together.")
+
+# %% ../nbs/14_losses.ipynb #50c7e3d5
+class Pulled(Beside):
+    "An objective and a pull of the backbone to its start."
+
+    def __init__(
+        self,
+        objective: nn.Module,  # objective(model, x, target, *inputs) → (loss, logits)
+        pull: PullToStart,  # of the backbone
+    ):
+        super().__init__(objective)
+        self.pull = pull
+
+    def together(
+        self,
+        model: nn.Module,  # with a `backbone`
+        x: torch.Tensor,  # blocks [B, 1, S, S]
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
+        *inputs: torch.Tensor,  # further inputs of the model
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # scalar loss and logits
+        "Loss of a training step."
+        loss, logits = self.objective(model, x, target, *inputs)
+        return loss + self.pull(model.backbone), logits
+
+
+class Strays(Beside):
+    r"""An objective and, on blocks that do not belong to the stage, $-\tfrac{w}{C}\sum_k \log
+    p_k$: there the network shall prefer no class.
+
+    Hendrycks, Mazeika, Dietterich, 2019, *Deep Anomaly Detection with Outlier Exposure*.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,  # objective(model, x, target, *inputs) → (loss, logits)
+        batches: Batches,  # blocks of other groups; their labels are not looked at
+        weight: float = 0.5,  # w, at least 0
+    ):
+        super().__init__(objective, batches)
+        self.weight = check_number("weight", weight, 0)
+
+    def together(
+        self,
+        model: nn.Module,  # model(x) → logits [B, C]
+        x: torch.Tensor,  # blocks [B, 1, S, S]
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
+        *inputs: torch.Tensor,  # further inputs of the model
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # scalar loss and logits
+        "Loss of a training step."
+        loss, logits = self.objective(model, x, target, *inputs)
+        others, _, *told = self.draw()
+        undecided = -model(others, *told).float().log_softmax(1).mean()
+        return loss + self.weight * undecided, logits
+
+# %% ../nbs/14_losses.ipynb #873375e1
+class Taught(Beside):
+    r"""$(1-w) L + w T^2\, \mathrm{KL}(q_T \| p_T)$: an objective L and what a teacher says of the
+    same blocks, both at temperature T. The teacher's probabilities [B, C] are the last input of
+    each training batch.
+
+    Hinton, Vinyals, Dean, 2015, *Distilling the Knowledge in a Neural Network*.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,  # objective(model, x, target, *inputs) → (loss, logits)
+        weight: float = 0.5,  # w, 0–1
+        temperature: float = 2.0,  # T, above 0
+    ):
+        super().__init__(objective)
+        self.weight = check_number("weight", weight, 0, 1)
+        self.temperature = check_number("temperature", temperature, 1e-3)
+
+    def together(
+        self,
+        model: nn.Module,  # as the objective takes it
+        x: torch.Tensor,  # blocks [B, 1, S, S]
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
+        *inputs: torch.Tensor,  # further inputs of the model, then what the teacher says
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # scalar loss and logits
+        "Loss of a training step. Raises `ValueError` if the teacher has another number of classes."
+        *told, teacher = inputs
+        loss, logits = self.objective(model, x, target, *told)
+        if teacher.shape != logits.shape:
+            raise ValueError(
+                f"The teacher says {list(teacher.shape)} of blocks for which the network has logits"
+                f" {list(logits.shape)}; it must know the same classes."
+            )
+        softened = (teacher.float().clamp(min=1e-6).log() / self.temperature).log_softmax(1)
+        own = (logits.float() / self.temperature).log_softmax(1)
+        apart = F.kl_div(own, softened, reduction="batchmean", log_target=True)
+        return (1 - self.weight) * loss + self.weight * self.temperature**2 * apart, logits
+
+# %% ../nbs/14_losses.ipynb #c7d02e41
+def project_conflicts(
+    first: torch.Tensor,  # gradient of one task, [P]
+    second: torch.Tensor,  # gradient of the other, [P]
+) -> tuple[torch.Tensor, torch.Tensor]:  # both, each without what points against the other
+    """Gradient surgery for two tasks: unchanged where their product is not negative.
+
+    Yu et al., 2020, *Gradient Surgery for Multi-Task Learning* (PCGrad).
+    """
+    product = (first @ second).clamp(max=0)
+    tiny = torch.finfo(first.dtype).tiny
+    return (
+        first - product / second.square().sum().clamp(min=tiny) * second,
+        second - product / first.square().sum().clamp(min=tiny) * first,
+    )
+
+# %% ../nbs/14_losses.ipynb #3c881cef
+class TwoTasks(Beside):
+    r"""An objective and another task on the same backbone, with blocks and a head of its own.
+
+    `weighting="uncertainty"`: $\sum_k e^{-s_k} L_k + s_k/2$, s learned. `"surgery"`: gradients of
+    the backbone by `project_conflicts`.
+
+    Kendall, Gal, Cipolla, 2018, *Multi-Task Learning Using Uncertainty to Weigh Losses for Scene
+    Geometry and Semantics*; Yu et al., 2020, *Gradient Surgery for Multi-Task Learning*.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,  # objective(model, x, target, *inputs) → (loss, logits)
+        batches: Batches,  # blocks of the other task
+        head: nn.Module,  # features → logits of the other task; it is trained too
+        criterion: Loss,  # of the other task
+        weighting: str = "uncertainty",  # or "surgery"
+    ):
+        super().__init__(objective, batches)
+        if weighting not in ("uncertainty", "surgery"):
+            raise ValueError(f"weighting is {weighting!r}; it must be 'uncertainty' or 'surgery'.")
+        self.head, self.weighting = head, weighting
+        self.criterion = check_criterion(criterion, "TwoTasks")
+        # s of both tasks
+        uncertain = nn.Parameter(torch.zeros(2)) if weighting == "uncertainty" else None
+        self.register_parameter("log_variances", uncertain)
+
+    def together(
+        self,
+        model: nn.Module,  # with `backbone` and `features`
+        x: torch.Tensor,  # blocks [B, 1, S, S]
+        target: torch.Tensor | MixedLabels,  # int64 [B] or `MixedLabels`
+        *inputs: torch.Tensor,  # further inputs of the model
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # scalar loss and logits
+        "Loss of a training step."
+        own, logits = self.objective(model, x, target, *inputs)
+        others, labels, *told = self.draw()
+        losses = torch.stack(
+            [own, self.criterion(self.head(model.features(others, *told)), labels)]
+        )
+        if self.weighting == "uncertainty":
+            return ((-self.log_variances).exp() * losses + self.log_variances / 2).sum(), logits
+        return self.operated(model, losses), logits
+
+    def operated(
+        self,
+        model: nn.Module,  # with a `backbone`
+        losses: torch.Tensor,  # of both tasks, [2]
+    ) -> torch.Tensor:  # scalar
+        "The sum of both losses, with the gradient that surgery makes of theirs."
+        shared = [p for p in model.backbone.parameters() if p.requires_grad]
+        heads = [p for p in (*model.parameters(), *self.parameters()) if p.requires_grad]
+        of_heads = {id(p): p for p in heads if id(p) not in set(map(id, shared))}
+        parameters = [*shared, *of_heads.values()]
+        both = [
+            torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+            for loss in losses
+        ]
+        flat = [torch.cat([g.flatten() for g in own[: len(shared)]]) for own in both]
+        kept = sum(project_conflicts(*flat)).split([p.numel() for p in shared])
+        rest = (a + b for a, b in zip(*(own[len(shared) :] for own in both)))
+        # worth nothing, but its gradient is the one that is wanted
+        steered = sum(
+            (gradient.view_as(p) * (p - p.detach())).sum()
+            for gradient, p in zip((*kept, *rest), parameters)
+        )
+        return losses.sum().detach() + steered
 
 # %% ../nbs/14_losses.ipynb #90cb6e4e
 def mean_where(
