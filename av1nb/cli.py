@@ -387,8 +387,8 @@ def predict(
         int, typer.Option(min=0, help="predict so many frames from the beginning, 0: all")
     ] = 1,
 ):
-    """Predict the partition tree of a video's frames (joint network), or the type of every 16×16
-    block (a cascade).
+    """Predict the partition tree of a video's frames (joint network), or the type of every block
+    of the size that a cascade was trained for.
     """
     if run_dir is None and qindex is None:
         raise ValueError(UNTOLD)
@@ -414,7 +414,8 @@ def predict(
         table = joint.tree_table(model, found.luma, told, confidence)
     with atomic_file(out) as part:
         table.to_csv(part, index=False, float_format="%.6g")
-    table = table.rename(columns={"predicted": "type"}).assign(size=table.get("size", 16))
+    size = model.size if cascade else 16
+    table = table.rename(columns={"predicted": "type"}).assign(size=table.get("size", size))
     first = table[table["frame"] == 0]
     figures.savefig(
         figures.partition_overlay(
@@ -424,9 +425,9 @@ def predict(
         ),
         out.with_suffix(".png"),
     )
-    counts = table.loc[table["size"] == 16, "type"].value_counts()
+    counts = table.loc[table["size"] == size, "type"].value_counts()
     typer.echo(
-        f"{len(table)} {'blocks' if cascade else 'nodes, of which at 16×16'}: "
+        f"{len(table)} {f'blocks of {size}×{size}' if cascade else 'nodes, of which at 16×16'}: "
         + ", ".join(f"{name} {n}" for name, n in counts.items())
     )
     typer.echo(f"Written to {out} and {out.with_suffix('.png')}")

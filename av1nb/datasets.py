@@ -730,7 +730,8 @@ def _describe(blocks: BlockSet) -> dict:
     names = [kind.name for kind in PartitionType]
     by_qindex = pd.crosstab(table["qindex"], table["type"]).reindex(columns=range(10), fill_value=0)
     stages = {}
-    for name, hierarchy in HIERARCHIES.items():
+    asked = {name: hierarchy.at(blocks.size) for name, hierarchy in HIERARCHIES.items()}
+    for name, hierarchy in asked.items():
         counted = distribution(
             types,
             hierarchy,
@@ -757,9 +758,7 @@ def _describe(blocks: BlockSet) -> dict:
             for qindex, counts in by_qindex.iterrows()
         },
         "stages": stages,
-        "uncovered": {
-            name: hierarchy.count_uncovered(types) for name, hierarchy in HIERARCHIES.items()
-        },
+        "uncovered": {name: tree.count_uncovered(types) for name, tree in asked.items()},
     }
 
 # %% ../nbs/10_datasets.ipynb #56a6b22c
@@ -982,12 +981,14 @@ def stage_subset(
     uncovered: str | None = None,  # policy for types without a class; None: the set's own
 ) -> tuple:  # (BlockSet, int64 labels [n], all ≥ 0)
     "The blocks that truly belong to a stage, and their classes. `ValueError` when there is none."
+    hierarchy = hierarchy.at(blocks.size)
     hierarchy.stage(stage)
     labels = blocks.labels(hierarchy, uncovered)[stage]
     if not (labels >= 0).any():
         raise ValueError(
-            f"the {blocks.split} split has no block of stage {stage} of {hierarchy.name}; "
-            "look at the class distribution in metadata.json."
+            f"the {blocks.split} split has no {blocks.size}×{blocks.size} block of stage {stage} of"
+            f" {hierarchy.name}; divide with another seed or other fractions, or add recordings"
+            " (class distribution: metadata.json)."
         )
     return blocks.select(labels >= 0), labels[labels >= 0]
 
@@ -1027,6 +1028,7 @@ def write_stage3(
     """Write `block_<size>/stage3/<stage>.pt` and `<stage>_<k>.pt`, k from 1, as positions in the
     split files.
     """
+    hierarchy = hierarchy.at(next(iter(sets.values())).size)
     variants = {"AB": 3} if variants is None else variants
     if unknown := set(variants) - set(stages):
         raise ValueError(f"variants are asked for stages that are not written: {sorted(unknown)}.")
@@ -1037,13 +1039,15 @@ def write_stage3(
         )
     rows = []
     for stage in stages:
+        names = list(hierarchy.class_names(stage))
         policy = uncovered or sets["train"].uncovered
         labels = {split: sets[split].labels(hierarchy, policy)[stage].cpu() for split in SPLITS}
         positions = {split: (labels[split] >= 0).nonzero()[:, 0] for split in SPLITS}
         if empty := [split for split in SPLITS if not len(positions[split])]:
             raise ValueError(
-                f"stage {stage} has no block in {empty}; look at the class distribution in"
-                " metadata.json."
+                f"stage {stage} has no block in {', '.join(empty)}: none of the types"
+                f" {', '.join(names)} occurs there; divide with another seed or other fractions, or"
+                " add recordings (class distribution: metadata.json)."
             )
         training = {stage: positions["train"]}
         drawn = bootstrap_variants(
@@ -1062,7 +1066,7 @@ def write_stage3(
                 "hierarchy": hierarchy.name,
                 "uncovered": policy,
                 "seed": seed,
-                "class_names": list(hierarchy.class_names(stage)),
+                "class_names": names,
                 "split_hash": sets["train"].split_hash,
                 "index": index,
                 "labels": {split: labels[split][index[split]] for split in SPLITS},
@@ -1113,7 +1117,7 @@ def read_stage3(
     if content["hierarchy"] not in HIERARCHIES:
         raise DatasetError(f"{path} is of an unknown hierarchy, {content['hierarchy'][:40]!r}.")
     sets = read_block_sets(out_root, size) if sets is None else sets
-    hierarchy, chosen = HIERARCHIES[content["hierarchy"]], {}
+    hierarchy, chosen = HIERARCHIES[content["hierarchy"]].at(size), {}
     for split in SPLITS:
         if sets[split].sha256 != content["sources"][split]:
             raise DatasetError(

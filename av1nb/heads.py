@@ -6,8 +6,8 @@
 __all__ = ['HEADS', 'ARCHITECTURES', 'to_probabilities', 'MLPHead', 'fit_temperature', 'Stage1Head', 'FineGrainedHead',
            'LightHead', 'StageModel', 'find_hierarchy', 'is_binary', 'build_model', 'Votes', 'combine_votes',
            'Ensemble', 'CheckpointError', 'read_checkpoint', 'StateKind', 'identify_state', 'summarise_keys',
-           'require_same_keys', 'stage_state', 'require_split', 'load_weights', 'load_backbone', 'checkpoint_prefix',
-           'model_from_checkpoint', 'type_log_probabilities', 'JointHead', 'JointModel']
+           'require_same_keys', 'stage_state', 'require_split', 'require_size', 'load_weights', 'load_backbone',
+           'checkpoint_prefix', 'model_from_checkpoint', 'type_log_probabilities', 'JointHead', 'JointModel']
 
 # %% ../nbs/13_heads.ipynb #0c18923b
 import re
@@ -311,16 +311,20 @@ HEADS = ("auto", "mlp", "fine_grained", "light")
 
 def find_hierarchy(
     hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one of `HIERARCHIES`
+    size: int | None = None,  # side of its nodes; None: as it is
 ) -> Hierarchy:
-    "The `Hierarchy`. Raises ValueError for an unknown name."
+    """The `Hierarchy`, without the classes that do not exist at a size, see `Hierarchy.at`.
+
+    Raises ValueError for an unknown name.
+    """
     if isinstance(hierarchy, Hierarchy):
-        return hierarchy
+        return hierarchy if size is None else hierarchy.at(size)
     if hierarchy not in HIERARCHIES:
         raise ValueError(
             f"there is no hierarchy {hierarchy!r}: choose one of {', '.join(HIERARCHIES)}, or pass"
             " a Hierarchy"
         )
-    return HIERARCHIES[hierarchy]
+    return find_hierarchy(HIERARCHIES[hierarchy], size)
 
 
 def is_binary(
@@ -769,6 +773,22 @@ def require_split(
             " test blocks here; train it again on this data"
         )
 
+# %% ../nbs/13_heads.ipynb #91498bf6
+def require_size(
+    content: dict,  # content of a checkpoint
+    size: int | None,  # side of the blocks of the data in pixels; None: any will do
+    path: str | Path,  # the file, for the error
+) -> None:
+    """Raise CheckpointError if the checkpoint says that it was trained on blocks of another size;
+    one of the earlier scripts does not say.
+    """
+    trained_on = content.get("provenance", {}).get("size", content.get("size"))
+    if None not in (size, trained_on) and trained_on != size:
+        raise CheckpointError(
+            f"{path} was trained on blocks of {trained_on}×{trained_on}, but these are"
+            f" {size}×{size}: train it again on them, in a run directory of their own"
+        )
+
 # %% ../nbs/13_heads.ipynb #49c59d0a
 def load_weights(
     model: StageModel,  # `StageModel` that takes the weights
@@ -821,6 +841,7 @@ def load_backbone(
     path: str | Path,  # checkpoint of another stage with the same architecture
     # hash of the split that the checkpoint must have been trained on; None: any
     split_hash: str | None = None,
+    size: int | None = None,  # of the blocks that it must have been trained on; None: any
 ):
     """Load the backbone of a checkpoint, strictly, and leave the head alone; returns the content
     without the weights.
@@ -843,6 +864,7 @@ def load_backbone(
             " 'uint16/1023'"
         )
     require_split(content, split_hash, path)
+    require_size(content, size, path)
     state = {
         key.removeprefix("backbone."): tensor
         for key, tensor in state.items()

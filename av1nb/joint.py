@@ -248,13 +248,14 @@ def joint_recipe(
 # %% ../nbs/24_joint.ipynb #a5069f35
 def read_run(
     run_dir: str | Path,  # run directory with raw data and block sets
+    size: int = 16,  # block size of the sets in pixels
 ) -> tuple[dict, dict]:  # split → BlockSet; split → pictures
     """Block sets of a run and the frames they were cut from.
 
-    A picture that no block set has, because it has no 16×16 node at all, is left out.
+    A picture that no block set has, because it has no node of that size at all, is left out.
     """
     run_dir = from_root(run_dir)
-    sets = read_block_sets(run_dir / "dataset")
+    sets = read_block_sets(run_dir / "dataset", size)
     placed = sets["test"].assignment
     pictures = [p for p in recorded_pictures(run_dir / "raw") if p.name in placed]
     return sets, split_pictures(pictures, placed)
@@ -270,6 +271,7 @@ def train_run(
     # None: the likelihood of the coded trees, `TreeLikelihood`
     objective: Callable | None = None,
     provenance: Mapping = {},  # what the checkpoints shall say beside the split
+    size: int = 16,  # of the block sets whose division it keeps to
 ):
     """`(model with its best weights, History)`: train on the data of a run, into its `models/`;
     each of several processes calls it.
@@ -279,14 +281,14 @@ def train_run(
     recipe = recipe if isinstance(recipe, JointRecipe) else joint_recipe(**recipe)
     run_dir = from_root(run_dir)
     if crops is None:
-        sets, pictures = read_run(run_dir)
+        sets, pictures = read_run(run_dir, size)
         device = pick_device(recipe.device)  # of this process, where all frames then are
         crops = {
             split: FrameSet(pictures[split], recipe.side, device) for split in ("train", "val")
         }
         split_hash = sets["test"].split_hash
     else:
-        split_hash = read_metadata(run_dir / "dataset")["split_hash"]
+        split_hash = read_metadata(run_dir / "dataset", size)["split_hash"]
     levels = list(recipe.level_weights)
     return train_joint(
         crops["train"],
@@ -826,7 +828,7 @@ def load_predictor(
     if path.is_file() and not (run / "reports/thresholds.json").is_file():
         return JointPredictor.load(path), f"the joint network of {run}"
     pipeline = load_pipeline(run)
-    said = f"the cascade {pipeline.hierarchy.name} of {run}"
+    said = f"the cascade {pipeline.hierarchy.name} at {pipeline.size}×{pipeline.size} of {run}"
     if path.is_file():
         said += f" (its joint network is asked with --weights {path})"
     return pipeline, " ".join([said, fallback_sentence(pipeline.fallback)]).strip()
@@ -835,7 +837,8 @@ def load_predictor(
 def node_answers(
     predictor: JointPredictor | Pipeline,  # the network to ask
     luma: np.ndarray,  # uint16 [H, W], 10-bit
-    nodes: pd.DataFrame,  # node table (pixels) of this frame; for a cascade 16×16 nodes inside it
+    # node table (pixels) of this frame; for a cascade nodes of its size, inside the frame
+    nodes: pd.DataFrame,
     told: Conditions | None = None,  # what is known of the encode beside the qindex of each node
 ) -> tuple:  # decided types int64 [N], probabilities [N, 10]
     "What a network says of given nodes, each at its own qindex."
@@ -857,7 +860,7 @@ def tree_report(
     # of `intra_frames`, or anything with their index, width, height, nodes() and luma: uint16
     # [H, W], 10-bit
     frames: Iterable,
-    predictor: JointPredictor | Pipeline,  # a cascade answers at 16×16
+    predictor: JointPredictor | Pipeline,  # a cascade answers at the size that it was trained for
     name: str = "the stream",  # beginning of the messages
     told: Mapping = {},  # fields of `Conditions` that the frames do not tell: mode, cpu_used
 ) -> dict:
@@ -868,7 +871,8 @@ def tree_report(
     `ranked_report` says. Raises `ValueError` for a stream without an intra frame or without a node
     that can be asked, and for pictures of another size than the frame.
     """
-    levels = (16,) if isinstance(predictor, Pipeline) else getattr(predictor, "levels", LEVELS)
+    own = (predictor.size,) if isinstance(predictor, Pipeline) else LEVELS
+    levels = getattr(predictor, "levels", own)
     count = dict(frames=0, nodes=0, beyond_frame=0, larger=0)
     parts = []
     for frame in frames:
@@ -1022,11 +1026,12 @@ def compared_nodes(
     frame: Frame,  # of `intra_frames`
 ) -> tuple:  # node tables: predicted and coded
     """Two trees of a frame to be drawn: the greedy tree at the frame's own qindex beside the coded
-    one, or, for a cascade, the 16×16 nodes of the coded one with both types.
+    one, or, for a cascade, the nodes of its size of the coded one with both types.
     """
     coded = frame.nodes()
     if isinstance(predictor, Pipeline):
-        coded = coded[(coded["size"] == 16) & is_inside(coded, frame.width, frame.height)]
+        own = coded["size"] == predictor.size
+        coded = coded[own & is_inside(coded, frame.width, frame.height)]
         return coded.assign(type=predict_nodes(predictor, frame.luma, coded).types), coded
     maps = predictor.maps(frame.luma, frame.base_qindex)
     return decode_tree(maps, frame.width, frame.height, frame.base_qindex), coded

@@ -11,7 +11,7 @@ __all__ = ['BLOCK_WIDTH', 'BLOCK_HEIGHT', 'SQUARE_CODE', 'SIZES', 'MI', 'SYMMETR
 
 # %% ../nbs/01_partitions.ipynb #db9c7123
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import lru_cache
 from types import MappingProxyType
@@ -510,6 +510,7 @@ class Hierarchy:
     stages: tuple[Stage, ...]  # parents before children; the first is the one that sees every block
     # policy `merge`: uncovered type -> type to train it as
     merges: Mapping[PartitionType, PartitionType] = field(default_factory=dict)
+    size: int | None = None  # side of its nodes, where not all types exist; see `at`
 
     def __post_init__(self):
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -524,7 +525,7 @@ class Hierarchy:
         return hash(self.name)
 
     def __reduce__(self):
-        return Hierarchy, (self.name, self.stages, dict(self.merges))
+        return Hierarchy, (self.name, self.stages, dict(self.merges), self.size)
 
     def validate(self) -> None:
         """Raise `ValueError` with the first inconsistency: unknown parents, ambiguous types,
@@ -592,8 +593,9 @@ class Hierarchy:
         for stage in self.stages:
             if stage.name == name:
                 return stage
+        where = f" for {self.size}×{self.size} blocks" if self.size else ""
         raise ValueError(
-            f"Hierarchy {self.name!r} has no stage {name!r}; its stages are"
+            f"Hierarchy {self.name!r} has no stage {name!r}{where}; its stages are"
             f" {', '.join(s.name for s in self.stages)}."
         )
 
@@ -624,16 +626,45 @@ class Hierarchy:
         "The stage that decides within a class, or None where the class is final."
         return next((s for s in self.stages if s.parent == (stage, cls)), None)
 
+    def at(
+        self,
+        size: int,  # side of the nodes in pixels: 8, 16, 32, 64 or 128
+    ) -> "Hierarchy":  # itself where AV1 allows every type
+        """The same questions for nodes of one size: without the classes whose types do not exist
+        there, and without a stage that is left nothing to choose from.
+
+        Raises `ValueError` for a size that does not exist.
+        """
+        legal = set(legal_types(size))
+        if len(legal) == len(PartitionType):
+            return self
+        stages, instead = [], {}
+        for stage in self.stages:
+            classes = {
+                name: tuple(t for t in types if t in legal) for name, types in stage.classes.items()
+            }
+            classes = {name: types for name, types in classes.items() if types}
+            parent = instead.get(stage.parent, stage.parent)
+            if len(classes) > 1:
+                stages.append(replace(stage, classes=classes, parent=parent))
+            elif classes:  # what hangs on the only answer is asked at once
+                instead[stage.name, *classes] = parent
+        merges = {a: b for a, b in self.merges.items() if a in legal}
+        return Hierarchy(self.name, tuple(stages), merges, size)
+
     @property
     def uncovered(self) -> tuple[PartitionType, ...]:
-        "Types that arrive, correctly routed, at a stage that has no class for them."
+        """Types of its nodes that arrive, correctly routed, at a stage that has no class for
+        them.
+        """
 
         def covered(ptype, stage):
             cls = next((c for c, types in stage.classes.items() if ptype in types), None)
             below = cls is not None and self.child(stage.name, cls)
             return cls is not None and (covered(ptype, below) if below else True)
 
-        return tuple(t for t in PartitionType if not covered(t, self.stages[0]))
+        types = legal_types(self.size or 16)  # all ten exist at 16×16
+        return tuple(t for t in types if not covered(t, self.stages[0]))
 
     def labels(
         self,

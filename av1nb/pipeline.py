@@ -34,6 +34,7 @@ from av1nb.heads import (
     combine_votes,
     find_hierarchy,
     model_from_checkpoint,
+    require_size,
 )
 from .metrics import baselines, bootstrap_interval, classification_report, confusion_statistic
 from .partitions import Hierarchy, PartitionType
@@ -461,14 +462,15 @@ class StageModels:
         device: str = "cpu",  # "auto", "cpu" or "cuda"
         # of the split that the models were trained on; other blocks are not reported on
         split_hash: str | None = None,
-        # of the blocks that the models were trained on, margins included; None: not checked
-        side: int | None = None,
+        size: int = 16,  # side of the blocks that they answer for, in pixels
+        margin: int = 0,  # pixels of context on each side that they see beside a block
         files: Iterable = (),  # where the models come from
     ):
         "Raises ValueError for a missing, superfluous or unfitting model or threshold."
-        self.hierarchy = hierarchy = find_hierarchy(hierarchy)
+        self.hierarchy = hierarchy = find_hierarchy(hierarchy, size)
         self.thresholds, self.symmetries = dict(thresholds or {}), symmetries
-        self.split_hash, self.side, self.files = split_hash, side, [str(path) for path in files]
+        self.split_hash, self.files = split_hash, [str(path) for path in files]
+        self.size, self.margin = size, margin
         self.device, self.bf16 = _device(device, bf16), bf16
         require_models(hierarchy, models)
         require_thresholds(hierarchy, models, self.thresholds)
@@ -481,6 +483,11 @@ class StageModels:
         }
         for model in self.models.values():
             model.requires_grad_(False)
+
+    @property
+    def side(self) -> int:
+        "Side of what the models see of a block, margins included."
+        return self.size + 2 * self.margin
 
     def stage_output(
         self,
@@ -518,36 +525,41 @@ def load_stages(
     hierarchy: Hierarchy | str,  # a `Hierarchy`, or the name of one
     split_hash: str | None = None,  # that every checkpoint must have; None: the one they agree on
     vote: str = "majority",  # of ensembles, see `Pipeline.from_run`
-) -> dict:  # `models`, `split_hash`, `side` and `files`, as `Pipeline` takes them
+    size: int = 16,  # side of the blocks that they must have been trained on
+    # `models`, `split_hash`, `size`, `margin` and `files`, as `Pipeline` takes them
+) -> dict:
     """The best checkpoints of all stages that have one.
 
-    Raises CheckpointError for one that is damaged, of another stage, or of another split.
+    Raises CheckpointError for one that is damaged, of another stage, of another split, or of
+    another block size.
     """
-    hierarchy, models_dir = find_hierarchy(hierarchy), Path(models_dir)
-    models, hashes, sides, files = {}, {}, {}, []
+    hierarchy, models_dir = find_hierarchy(hierarchy, size), Path(models_dir)
+    models, hashes, margins, files = {}, {}, {}, []
     for stage in hierarchy.stage_names:
         paths = find_checkpoints(models_dir, hierarchy, stage)
         loaded = [model_from_checkpoint(path, hierarchy, stage, split_hash) for path in paths]
         for path, (_, content) in zip(paths, loaded):
             origin = {**content, **content.get("provenance", {})}
+            require_size(content, size, path)
             hashes[path.name] = origin.get("split_hash")
-            if origin.get("size") is not None:
-                sides[path.name] = origin["size"] + 2 * origin.get("margin", 0)
+            margins[path.name] = origin.get("margin", 0)
         if len(loaded) > 1:
             weights = _vote_weights(paths, loaded) if vote == "weighted" else None
             models[stage] = Ensemble([model for model, _ in loaded], vote, weights)
         elif loaded:
             models[stage] = loaded[0][0]
         files += paths
-    for what, values in (("splits", hashes), ("block sides", sides)):
+    for what, values in (("splits", hashes), ("margins", margins)):
         if len(set(values.values())) > 1:
             raise CheckpointError(
                 f"the checkpoints in {models_dir} were trained on different {what}:"
                 f" {', '.join(f'{name} {value}' for name, value in values.items())}; train them"
                 " again on one"
             )
-    of_all = (next(iter(values.values()), None) for values in (hashes, sides))
-    return dict(zip(("models", "split_hash", "side", "files"), (models, *of_all, files)))
+    split_hash, margin = (
+        next(iter(v.values()), none) for v, none in ((hashes, None), (margins, 0))
+    )
+    return dict(models=models, split_hash=split_hash, size=size, margin=margin, files=files)
 
 
 def _vote_weights(paths, loaded):
@@ -605,6 +617,8 @@ class Pipeline(StageModels):
         fallback: dict[str, np.ndarray] | None = None,  # as in `StageModels`
         # of ensembles: "majority", "soft", or "weighted" by the macro-F1 of the checkpoints
         vote: str = "majority",
+        # side of the blocks that every checkpoint must have been trained on
+        size: int = 16,
         **options,  # thresholds, symmetries, bf16, device: as in `StageModels`
     ) -> "Pipeline":
         """The pipeline of a run's best checkpoints.
@@ -612,7 +626,7 @@ class Pipeline(StageModels):
         Raises FileNotFoundError that names the stages without a checkpoint and the notebooks that
         make them, and what `load_stages` raises.
         """
-        hierarchy = find_hierarchy(hierarchy)
+        hierarchy = find_hierarchy(hierarchy, size)
         wanted = [
             f"{stage} ({checkpoint_prefix(hierarchy, stage)}_model_best.pt, made by"
             f" {trained_by(hierarchy, stage)})"
@@ -624,7 +638,7 @@ class Pipeline(StageModels):
                 f"{models_dir} lacks the checkpoint of {len(wanted)} of"
                 f" {len(hierarchy.stage_names)} stages of {hierarchy.name!r}: {'; '.join(wanted)}"
             )
-        loaded = load_stages(models_dir, hierarchy, split_hash, vote)
+        loaded = load_stages(models_dir, hierarchy, split_hash, vote, size)
         return cls(hierarchy, fallback=fallback, **loaded, **options)
 
     def predict(
@@ -709,6 +723,7 @@ def load_pipeline(
         settings["split_hash"],
         counts or None,
         settings["vote"],
+        settings.get("size", 16),
         thresholds=settings["thresholds"],
     )
 
@@ -716,10 +731,11 @@ def load_pipeline(
 def predict_nodes(
     pipeline: Pipeline,  # that is asked
     luma: np.ndarray,  # uint16 [H, W], 10-bit
-    nodes: pd.DataFrame,  # node table (pixels) of 16×16 nodes inside the frame
+    nodes: pd.DataFrame,  # node table (pixels) of nodes of the cascade's size inside the frame
 ) -> Predictions:  # in the order of the nodes, with what every stage says of each
     "What a cascade says of the nodes of one frame, each at its own qindex."
-    blocks = extract_blocks(luma, nodes["row"].to_numpy(), nodes["col"].to_numpy(), 16)
+    rows, cols = (nodes[name].to_numpy() for name in ("row", "col"))
+    blocks = extract_blocks(luma, rows, cols, pipeline.size, pipeline.margin)
     qindex = torch.tensor(nodes["qindex"].to_numpy(np.int64))
     return pipeline.predict(torch.from_numpy(blocks[:, None]), qindex=qindex, unrouted=True)
 
@@ -729,22 +745,20 @@ def predict_frames(
     luma: np.ndarray,  # uint16 [frames, H, W], 10-bit
     qindex: int | None = None,  # 0–255, for models that are told the quantiser
 ) -> pd.DataFrame:  # frame, row, col, predicted, confidence, probabilities of each stage
-    """Types of every whole 16×16 block of frames.
+    """Types of every whole block of frames, of the size that the cascade was trained for.
 
     Raises `ValueError` for a frame that holds none.
     """
-    tables = []
+    tables, size = [], pipeline.size
     for number, frame in enumerate(luma):
         height, width = frame.shape
-        if height < 16 or width < 16:
-            raise ValueError(f"frame {number} is {width}×{height}, smaller than one 16×16 block")
-        rows, cols = (
-            grid.ravel()
-            for grid in np.meshgrid(
-                np.arange(0, height - 15, 16), np.arange(0, width - 15, 16), indexing="ij"
+        if height < size or width < size:
+            raise ValueError(
+                f"frame {number} is {width}×{height}, smaller than one {size}×{size} block"
             )
-        )
-        blocks = torch.from_numpy(extract_blocks(frame, rows, cols, 16)[:, None])
+        starts = (np.arange(0, side - size + 1, size) for side in (height, width))
+        rows, cols = (grid.ravel() for grid in np.meshgrid(*starts, indexing="ij"))
+        blocks = torch.from_numpy(extract_blocks(frame, rows, cols, size, pipeline.margin)[:, None])
         told = None if qindex is None else torch.full((len(blocks),), qindex)
         table = pipeline.predict(blocks, qindex=told).table()
         table.insert(0, "frame", number)

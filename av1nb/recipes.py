@@ -336,14 +336,15 @@ def stage_data(
     hierarchy: Hierarchy | str,  # `Hierarchy` or its name
     stage: str,  # one of its stages
     member: int | None = None,  # number of the ensemble's member from 1, None: all training blocks
-    size: int = 16,  # block size in pixels
+    size: int = 16,  # block size in pixels, of sets that have not been read
     sets: dict | None = None,  # the division's sets, if they have been read
 ) -> dict:  # split → (BlockSet, int64 labels)
     """Blocks that truly belong to a stage, with their classes, in each split; `FileNotFoundError`
     says which stage notebook is missing.
     """
-    hierarchy = find_hierarchy(hierarchy)
     sets = read_block_sets(dataset, size) if sets is None else sets
+    size = next(iter(sets.values())).size
+    hierarchy = find_hierarchy(hierarchy, size)
     if member is None:
         return {split: stage_subset(blocks, hierarchy, stage) for split, blocks in sets.items()}
     return read_stage3(dataset, f"{stage}_{member}", size, sets)
@@ -403,6 +404,8 @@ def starting_network(
     split_hash: str,  # of the training blocks; a checkpoint of another split is refused
     start: str | Path | None = None,  # checkpoint whose backbone it starts from, None: none
     pretrained: str | Path | None = None,  # without a start: "imagenet" or a ResNet-18 state dict
+    # of the blocks; a checkpoint of another size is refused, None: none is
+    size: int | None = None,
 ) -> StageModel:  # on the CPU, its random weights drawn from torch's generator
     """The network of a stage before its training.
 
@@ -423,7 +426,7 @@ def starting_network(
                 f"{start} is missing: train stage {predecessor(hierarchy, stage)} first, stage"
                 f" {stage} starts from its backbone"
             )
-        load_backbone(model, start, split_hash)
+        load_backbone(model, start, split_hash, size)
     return model
 
 
@@ -436,8 +439,9 @@ def require_every_class(
     if (counts == 0).any():
         empty = [name for name, count in zip(names, counts) if count == 0]
         raise ValueError(
-            f"stage {stage} has no training block of {', '.join(empty)}: look at the class"
-            " distribution in metadata.json"
+            f"stage {stage} has no training block of {', '.join(empty)}, so it cannot learn to tell"
+            " it from the rest: add recordings, or divide with another seed (class distribution:"
+            " metadata.json)"
         )
 
 # %% ../nbs/26_recipes.ipynb #dcb4d2ea
@@ -464,11 +468,13 @@ def train_stage(
 
     Raises what `starting_network` and `training.fit` raise.
     """
-    hierarchy = find_hierarchy(hierarchy)
     (blocks, labels), (val_blocks, val_labels) = data["train"], data["val"]
+    hierarchy = find_hierarchy(hierarchy, blocks.size)
     seed += member or 0
     set_seed(seed)
-    model = starting_network(hierarchy, stage, recipe, blocks.split_hash, start, pretrained)
+    model = starting_network(
+        hierarchy, stage, recipe, blocks.split_hash, start, pretrained, blocks.size
+    )
     counts = torch.bincount(labels, minlength=len(model.class_names))
     require_every_class(stage, model.class_names, counts)
     sampler = BalancedSampler(labels, seed=seed) if recipe.balanced else None
@@ -527,7 +533,8 @@ def train_members(
     "Train all networks of a stage: one, or members that vote, each on its own bootstrap sample."
     networks, histories = [], []
     for member in range(1, recipe.members + 1) if recipe.members > 1 else [None]:
-        own = data if member is None else stage_data(dataset, hierarchy, stage, member)
+        size = data["train"][0].size
+        own = data if member is None else stage_data(dataset, hierarchy, stage, member, size)
         network, history = train_stage(
             own, hierarchy, stage, recipe, models, member=member, **settings
         )

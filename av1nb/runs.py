@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pandas as pd
@@ -50,7 +51,7 @@ class StageNotebook:
 
     name: str  # file name of the notebook without its ending
     title: str  # what it does, in a few words
-    makes: tuple[str, ...] = ()  # paths below the run directory; a trailing * stands for any ending
+    makes: tuple[str, ...] = ()  # paths below the run directory; a * stands for anything
     needs: tuple[str, ...] = ()  # the same, made by others
     # parameters that name what lies elsewhere, each with the notebook that makes it
     reads: tuple[tuple[str, str], ...] = ()
@@ -70,15 +71,15 @@ PREPARATION = (
     StageNotebook(
         "001_prepare_dataset",
         "raw recordings to sets split by sequence",
-        ("dataset/block_16",),
+        ("dataset/block_*",),
         ("raw/recordings",),
         reads=(("keep", "001_prepare_dataset"),),
     ),
     StageNotebook(
         "002_prepare_stage3",
         "sets of the specialists",
-        ("dataset/block_16/stage3",),
-        ("dataset/block_16",),
+        ("dataset/block_*/stage3",),
+        ("dataset/block_*",),
     ),
 )
 
@@ -89,28 +90,28 @@ PIPELINE_NOTEBOOKS = (
         "003_train_stage1",
         "NONE or partition",
         ("models/stage1_model_best.pt",),
-        ("dataset/block_16",),
+        ("dataset/block_*",),
         recipe="stage1",
     ),
     StageNotebook(
         "004_train_stage2",
         "SPLIT, RECT or AB",
         ("models/stage2_model_best.pt",),
-        ("dataset/block_16", "models/stage1_model_best.pt"),
+        ("dataset/block_*", "models/stage1_model_best.pt"),
         recipe="stage2",
     ),
     StageNotebook(
         "005_train_stage3_rect",
         "HORZ or VERT",
         ("models/stage3_RECT_model_best.pt",),
-        ("dataset/block_16", "models/stage2_model_best.pt"),
+        ("dataset/block_*", "models/stage2_model_best.pt"),
         recipe="RECT",
     ),
     StageNotebook(
         "006_train_stage3_ab",
         "the four AB types, three models",
         ("models/stage3_AB_*",),
-        ("dataset/block_16/stage3", "models/stage2_model_best.pt"),
+        ("dataset/block_*/stage3", "models/stage2_model_best.pt"),
         recipe="AB",
     ),
     StageNotebook(
@@ -118,7 +119,7 @@ PIPELINE_NOTEBOOKS = (
         "thresholds on the validation set",
         ("reports/thresholds.json",),
         (
-            "dataset/block_16",
+            "dataset/block_*",
             "models/stage1_model_best.pt",
             "models/stage2_model_best.pt",
             "models/stage3_RECT_model_best.pt",
@@ -129,7 +130,7 @@ PIPELINE_NOTEBOOKS = (
         "008_evaluate_pipeline",
         "the whole cascade on the test set",
         ("reports/pipeline.json", "reports/predictions.csv"),
-        ("dataset/block_16", "reports/thresholds.json"),
+        ("dataset/block_*", "reports/thresholds.json"),
     ),
     StageNotebook(
         "009_analyse_confusion",
@@ -147,7 +148,7 @@ NOTEBOOKS = (
         "010_joint",
         "the joint network, all levels of whole frames",
         ("models/joint_model_best.pt", "reports/joint.json", "reports/joint_predictions.csv"),
-        ("raw/recordings", "dataset/block_16"),
+        ("raw/recordings", "dataset/block_*"),
         recipe="joint",
         shown="runs/joint",
     ),
@@ -155,7 +156,7 @@ NOTEBOOKS = (
         "011_regret",
         "the joint network, trained on what every type costs",
         ("models/regret_model_best.pt", "reports/regret.json"),
-        ("raw/recordings", "dataset/block_16"),
+        ("raw/recordings", "dataset/block_*"),
         reads=(("costs", "build_costs"),),
         recipe="joint",
         shown="runs/joint",
@@ -163,7 +164,7 @@ NOTEBOOKS = (
     StageNotebook(
         "012_tune_masks",
         "thresholds for the masks, and the weights that ship with them",
-        needs=("dataset/block_16", "models/regret_model_best.pt", "reports/regret.json"),
+        needs=("dataset/block_*", "models/regret_model_best.pt", "reports/regret.json"),
         reads=(("corpus", "build_corpus"), ("photographs", "build_corpus")),
         writes=("out", "work"),
         shown="runs/joint",
@@ -212,10 +213,10 @@ def maker_of(
 ) -> str | None:  # name of a stage notebook
     "Which stage notebook makes a file of a run."
     makers = {
-        made.rstrip("*"): notebook.name
+        made: notebook.name
         for notebook in NOTEBOOKS
         for made in notebook.makes
-        if path.startswith(made.rstrip("*"))
+        if fnmatchcase(path, f"{made.rstrip('*')}*")
     }
     return makers[max(makers, key=len)] if makers else None
 
@@ -253,14 +254,13 @@ class RunDirectory:
 
     def require(
         self,
-        *names: str,  # below the run; a trailing * stands for any ending
+        *names: str,  # below the run; a * stands for anything
     ) -> Path:
         """The path of `names[0]` once all of `names` exist below the run; `FileNotFoundError` says
         which stage notebook makes a missing one, `RunError` that one is a link out of the run.
         """
         for name in names:
-            pattern = self.path / name
-            if found := list(pattern.parent.glob(pattern.name)):
+            if found := list(self.path.glob(name)):
                 for path in found:
                     inside(self.path, path.relative_to(self.path).as_posix(), RunError)
                 continue
@@ -792,6 +792,7 @@ COMPARED = ("v5", "v6", "flat", "flat7")
 
 def settings_for(
     hierarchy: str,  # name of a hierarchy
+    size: int = 16,  # block size in pixels
 ) -> dict:
     """Settings of the demonstration for a hierarchy, stage notebook → parameters; none for training
     notebooks that it has no stage for.
@@ -799,7 +800,7 @@ def settings_for(
     from av1nb.heads import find_hierarchy, is_binary
     from av1nb.recipes import recipe_for
 
-    tree = find_hierarchy(hierarchy)
+    tree = find_hierarchy(hierarchy, size)
     unused = PIPELINE[3 + len(tree.stages) : 7]
     demo = {name: values for name, values in DEMO.items() if name not in unused}
     if any(recipe_for(tree, stage).architecture != "v6" for stage in tree.stage_names):
@@ -1031,11 +1032,15 @@ OTHERS = {"joint": ("010_joint",)}
 
 
 def _description(run):
-    "What the blocks of a run are, without the versions that made them."
-    metadata = read_json(run.require("dataset/block_16/metadata.json"))
-    return {k: v for k, v in metadata.items() if k not in ("versions", "splits")} | {
-        split: part["recordings"] for split, part in metadata["splits"].items()
-    }
+    "What the blocks of a run are, by size, without the versions that made them."
+    run.require("dataset/block_*/metadata.json")
+    said = {}
+    for path in sorted((run / "dataset").glob("block_*/metadata.json")):
+        metadata = read_json(path)
+        of_all = {k: v for k, v in metadata.items() if k not in ("versions", "splits")}
+        splits = {split: part["recordings"] for split, part in metadata["splits"].items()}
+        said[path.parent.name] = of_all | splits
+    return said
 
 
 def share_data(
@@ -1066,6 +1071,7 @@ def share_data(
 # %% ../nbs/30_runs.ipynb #cee31d8d
 def notebooks_of(
     name: str,  # of a hierarchy, or of `OTHERS`
+    size: int = 16,  # block size in pixels; at 8×8 some stages have nothing to decide
 ) -> tuple:  # stage notebooks that follow the preparation of the data
     """What trains and evaluates a model: `OTHERS`, or the notebooks of the pipeline that a
     hierarchy needs.
@@ -1076,7 +1082,7 @@ def notebooks_of(
 
     if name in OTHERS:
         return OTHERS[name]
-    unused = PIPELINE[3 + len(find_hierarchy(name).stages) : 7]
+    unused = PIPELINE[3 + len(find_hierarchy(name, size).stages) : 7]
     return tuple(notebook for notebook in PIPELINE[2:] if notebook not in unused)
 
 # %% ../nbs/30_runs.ipynb #fc6860dc
@@ -1146,9 +1152,9 @@ def _refuse_contradictions(hierarchies, seeds, parameters, further, taken):
         )
 
 
-def _settings_of_all(notebooks, taken, parameters, own_parameters):
+def _settings_of_all(notebooks, taken, parameters, own_parameters, size=16):
     "Hierarchy → notebook → parameters: the usual ones, the common ones, its own; later ones win."
-    usual = {name: DEMO if name in OTHERS else settings_for(name) for name in notebooks}
+    usual = {name: DEMO if name in OTHERS else settings_for(name, size) for name in notebooks}
 
     def of_notebook(name, notebook):
         given = {k: v for k, v in parameters.items() if k in taken[notebook]}
@@ -1214,19 +1220,20 @@ def compare(
     when a notebook fails or results do not belong together.
     """
     hierarchies, seeds = tuple(hierarchies), tuple(seeds)
-    notebooks = {name: notebooks_of(name) for name in hierarchies}
+    size = (parameters | own_parameters.get(PIPELINE[1], {})).get("size", 16)
+    notebooks = {name: notebooks_of(name, size) for name in hierarchies}
     taken = {
         notebook: parameters_of(find_notebook(notebook))
         for notebook in dict.fromkeys((*PIPELINE[:2], *sum(notebooks.values(), ())))
     }
     _refuse_contradictions(hierarchies, seeds, parameters, further, taken)
-    settings = _settings_of_all(notebooks, taken, parameters, own_parameters)
+    settings = _settings_of_all(notebooks, taken, parameters, own_parameters, size)
     results, others = {}, _results_elsewhere(run, hierarchies, further)
     data = RunDirectory(run / "data")
     run_notebooks(
         PIPELINE[:2], data, {"seed": split_seed}, settings[hierarchies[0]], keep=keep, quiet=quiet
     )
-    split = read_json(data / "dataset/block_16/metadata.json")["split_hash"]
+    split = read_json(data / f"dataset/block_{size}/metadata.json")["split_hash"]
     _refuse_other_splits(others, split)
     for seed in seeds:
         for name in hierarchies:

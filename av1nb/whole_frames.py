@@ -97,7 +97,7 @@ def frame_answers(
     p = np.full((len(nodes), 10), np.nan, np.float32)
     sizes, rows, cols = (nodes[name].to_numpy() for name in ("size", "row", "col"))
     if isinstance(predictor, Pipeline):
-        if (here := sizes == 16).any():
+        if (here := sizes == predictor.size).any():
             p[here] = node_answers(predictor, frame.luma, nodes[here])[1]
         return p
     # with delta-q a frame has many quantisers, and one set of maps for each

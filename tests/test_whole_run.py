@@ -180,7 +180,7 @@ def test_predict_and_evaluate_on_a_new_video(small_run, tmp_path):
     ).stdout
     assert (
         "1 frame of 160×96" in said
-        and "60 blocks: " in said
+        and "60 blocks of 16×16: " in said
         and (tmp_path / "p.png").stat().st_size > 1000
     )
     table = pd.read_csv(tmp_path / "p.csv", keep_default_na=False)
