@@ -1,0 +1,106 @@
+"""Cascades at 8, 32 and 64 pixels: the same stages, with the classes that a size has."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from av1nb import cli, datasets, encoding, joint, pictures, runs, sample
+from av1nb.files import read_json
+from av1nb.heads import CheckpointError
+from av1nb.partitions import V6, PartitionType, legal_types
+from av1nb.pipeline import Pipeline, load_pipeline
+
+ONCE = {"epochs": 1, "batch_size": 64, "frozen_epochs": 0, "excel": False}
+# of each three that hold AB blocks of 64×64, the sample has few, and one more with small blocks
+SMALL = ["ascent", "brick", "camera", "coffee", "coins", "rocket", "temple", "text"]
+LARGE = ["bunny", "macaque", "retina"]
+
+
+@pytest.fixture(scope="module", params=[8, 32, 64])
+def trained(request, tmp_path_factory):
+    "Size, and a run of all stages at it; at 8×8 as a comparison makes it."
+    size, run = request.param, runs.RunDirectory(tmp_path_factory.mktemp("size"))
+    settings = ONCE | {"size": size, "fractions": [0.5, 0.25, 0.25]}
+    if size == 8:
+        settings |= {"pictures": SMALL, "batch_size": 512}
+        runs.compare(run, ("v6",), (1,), 1, parameters=settings, quiet=True)
+        return size, runs.RunDirectory(run / "v6/seed_1")
+    runs.run_notebooks(runs.PIPELINE, run, settings | {"pictures": LARGE, "seed": 1}, quiet=True)
+    return size, run
+
+
+def test_the_stages_are_those_that_have_something_to_decide(trained):
+    size, run = trained
+    models = {path.name for path in (run / "models").glob("*_model_best.pt")}
+    ab = {f"stage3_AB_{member}_model_best.pt" for member in (1, 2, 3)}
+    others = {f"{name}_model_best.pt" for name in ("stage1", "stage2", "stage3_RECT")}
+    assert models == others | (set() if size == 8 else ab)
+    report = read_json(run / "reports/pipeline.json")["report"]
+    assert set(report["stages"]) == set(V6.at(size).stage_names)
+    assert list(report["stages"]["stage2"]["true"]["per_class"]) == (
+        ["SPLIT", "RECT"] if size == 8 else ["SPLIT", "RECT", "AB"]
+    )
+    # what cannot occur is not asked, and no block is without a class
+    assert (report["comparable"]["AB"] is None) == (size == 8)
+    assert list(report["uncovered"]) == ([] if size == 8 else ["HORZ_4", "VERT_4"])
+
+
+def test_blocks_and_answers_are_of_the_size(trained):
+    size, run = trained
+    test = datasets.read_block_sets(run / "dataset", size)["test"]
+    assert test.samples.shape[2:] == (size, size)
+    table = pd.read_csv(run / "reports/predictions.csv", keep_default_na=False)
+    assert len(table) == len(test) and not (table[["row", "col"]] % size).any().any()
+    legal = {ptype.name for ptype in legal_types(size)}
+    assert set(table.true) <= legal and set(table.predicted) <= legal
+
+
+def test_a_checkpoint_says_its_size_and_another_is_refused(trained):
+    size, run = trained
+    stored = torch.load(run / "models/stage2_model_best.pt", weights_only=True)
+    assert stored["provenance"]["size"] == size
+    assert stored["class_names"] == list(V6.at(size).class_names("stage2"))
+    other = 16 if size != 8 else 32
+    with pytest.raises(CheckpointError, match=f"{size}×{size}, but these are {other}×{other}"):
+        Pipeline.from_run(run / "models", "v6", size=other, fallback={})
+
+
+def test_a_film_is_predicted_and_compared_at_the_size(trained, tmp_path):
+    size, run = trained
+    luma = np.ascontiguousarray(sample.load_sample(["camera"])[0].luma[0, :128, :192])
+    chroma = np.full((64, 96), 512, np.uint16)
+    pictures.write_y4m(tmp_path / "new.y4m", [(luma, chroma, chroma)])
+    encoding.encode([(luma, chroma, chroma)], tmp_path / "new.ivf", cq_level=43, cpu_used=4)
+    cli.predict(tmp_path / "new.y4m", 172, tmp_path / "p.csv", run.path)
+    table = pd.read_csv(tmp_path / "p.csv", keep_default_na=False)
+    assert len(table) == (128 // size) * (192 // size)
+    assert set(table.predicted) <= {ptype.name for ptype in PartitionType}
+    cascade = load_pipeline(run)
+    assert (cascade.size, cascade.hierarchy) == (size, V6.at(size))
+    frames = joint.intra_frames(tmp_path / "new.ivf", tmp_path / "new.y4m")
+    report = joint.tree_report(frames, cascade)
+    assert report["nodes"] and {row["size"] for row in report["levels"]} == {size}
+
+
+def test_a_stage_of_another_size_is_no_beginning(trained, tmp_path):
+    "Stage 2 starts from the backbone of stage 1, and not from one that saw other blocks."
+    from av1nb import recipes
+
+    size, run = trained
+    recipe = recipes.recipe_for("v6", "stage2")
+    start = run / "models/stage1_model_best.pt"
+    assert recipes.starting_network(V6.at(size), "stage2", recipe, None, start, size=size)
+    with pytest.raises(CheckpointError, match=f"{size}×{size}, but these are 16×16"):
+        recipes.starting_network(V6, "stage2", recipe, None, start, size=16)
+
+
+def test_where_only_none_is_left_training_is_refused():
+    "From 2160 lines libaom codes 8×8 nodes as NONE alone."
+    from av1nb import recipes
+    from av1nb.partitions import encoder_limits
+
+    limits = encoder_limits(3840, 2160, cpu_used=1)
+    assert limits[8] == (PartitionType.NONE,)
+    with pytest.raises(ValueError, match="stage1 has no training block of PARTITION"):
+        recipes.require_every_class("stage1", V6.at(8).class_names("stage1"), torch.tensor([9, 0]))
