@@ -409,8 +409,7 @@ def predict(
     if cascade:
         table = pipeline.predict_frames(model, found.luma, qindex)
     else:
-        lines = min(found.luma.shape[1:])
-        told = Conditions(qindex, mode, preset, superblock, lines)
+        told = Conditions(qindex, mode, preset, superblock, min(found.luma.shape[1:]))
         table = joint.tree_table(model, found.luma, told, confidence)
     with atomic_file(out) as part:
         table.to_csv(part, index=False, float_format="%.6g")

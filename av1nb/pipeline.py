@@ -470,7 +470,7 @@ class StageModels:
         self.hierarchy = hierarchy = find_hierarchy(hierarchy, size)
         self.thresholds, self.symmetries = dict(thresholds or {}), symmetries
         self.split_hash, self.files = split_hash, [str(path) for path in files]
-        self.size, self.margin = size, margin
+        self.size, self.margin, self.side = size, margin, size + 2 * margin
         self.device, self.bf16 = _device(device, bf16), bf16
         require_models(hierarchy, models)
         require_thresholds(hierarchy, models, self.thresholds)
@@ -483,11 +483,6 @@ class StageModels:
         }
         for model in self.models.values():
             model.requires_grad_(False)
-
-    @property
-    def side(self) -> int:
-        "Side of what the models see of a block, margins included."
-        return self.size + 2 * self.margin
 
     def stage_output(
         self,

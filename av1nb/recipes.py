@@ -472,9 +472,8 @@ def train_stage(
     hierarchy = find_hierarchy(hierarchy, blocks.size)
     seed += member or 0
     set_seed(seed)
-    model = starting_network(
-        hierarchy, stage, recipe, blocks.split_hash, start, pretrained, blocks.size
-    )
+    origin = blocks.split_hash, start, pretrained, blocks.size
+    model = starting_network(hierarchy, stage, recipe, *origin)
     counts = torch.bincount(labels, minlength=len(model.class_names))
     require_every_class(stage, model.class_names, counts)
     sampler = BalancedSampler(labels, seed=seed) if recipe.balanced else None
@@ -491,7 +490,6 @@ def train_stage(
         **settings,
     )
     val = Batches(val_blocks, val_labels, max(recipe.batch_size, 512), **settings)
-    config = train_config(recipe, device, seed, resume)
     prefix = checkpoint_prefix(hierarchy, stage) + (f"_{member}" if member else "")
     provenance = model.identity() | {
         "split_hash": blocks.split_hash,
@@ -510,7 +508,7 @@ def train_stage(
         val,
         (objective or make_objective)(recipe, counts, model, hierarchy),
         Score(model.class_names),
-        config,
+        train_config(recipe, device, seed, resume),
         models,
         prefix,
         provenance,
