@@ -581,7 +581,7 @@ def _reach_of(probabilities):
         reach[size] = _four_times(split)
     return reach
 
-
+# %% ../nbs/28_costs.ipynb #d0c30019
 def _columns(examples, size):
     "What the nodes of one size of all examples are and were, one array each, by name."
     parts = []
@@ -606,7 +606,7 @@ def _columns(examples, size):
         )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-
+# %% ../nbs/28_costs.ipynb #d0c30029
 def _entered(examples, size, split):
     "Share of the children that SPLIT enters where it loses; `split`: as in `LevelModel`."
     wins, enters = [], []
@@ -684,7 +684,7 @@ class DecisionModel:
             level.seconds /= stock
         return levels, stock
 
-
+# %% ../nbs/28_costs.ipynb #d0c3001b
 def fit_decisions(
     examples: Sequence[DecisionExample],  # frames of one preset, with one network
     most: int = 4,  # types of the largest set that lifts the pruning
@@ -723,7 +723,7 @@ def save_decisions(
         np.savez_compressed(file, facts=np.array(facts), **arrays)
     return Path(path)
 
-
+# %% ../nbs/28_costs.ipynb #d0c3001f
 def _read_decisions(path):
     require_small_zip(path, _MOST_UNPACKED)
     with np.load(path, allow_pickle=False) as stored:
