@@ -463,11 +463,10 @@ def train_stage(
     progress: bool = True,  # show a progress bar
     # a loss of one's own: objective(recipe, counts, model, hierarchy) → `losses.Objective`
     objective: Callable | None = None,
+    # augmentation of one's own: augmentation(recipe, hierarchy, stage) → augment(x, y, generator)
+    augmentation: Callable | None = None,
 ) -> tuple[StageModel, History]:  # the network with its best weights, and the epochs
-    """Train one network and keep its files in `models`.
-
-    Raises what `starting_network` and `training.fit` raise.
-    """
+    "Train one network, files in `models`; raises as `starting_network` and `training.fit` do."
     (blocks, labels), (val_blocks, val_labels) = data["train"], data["val"]
     hierarchy = find_hierarchy(hierarchy, blocks.size)
     seed += member or 0
@@ -477,7 +476,7 @@ def train_stage(
     counts = torch.bincount(labels, minlength=len(model.class_names))
     require_every_class(stage, model.class_names, counts)
     sampler = BalancedSampler(labels, seed=seed) if recipe.balanced else None
-    augment = make_augmentation(recipe, hierarchy, stage)
+    augment = (augmentation or make_augmentation)(recipe, hierarchy, stage)
     settings = dict(device=pick_device(device), qindex=recipe.qindex)
     train = Batches(
         blocks,
@@ -501,6 +500,7 @@ def train_stage(
         "margin": blocks.margin,
         "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()},
         **({"objective": objective.__qualname__} if objective else {}),
+        **({"augmentation": augmentation.__qualname__} if augmentation else {}),
     }
     history = fit(
         model,
