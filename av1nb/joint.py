@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MATERIAL', 'TYPE_NAMES', 'joint_config', 'tree_scores', 'train_joint', 'JointRecipe', 'joint_recipe', 'read_run',
-           'train_run', 'train_material', 'save_half', 'shipped_weights', 'JointPredictor', 'decode_tree', 'type_sets',
-           'tree_table', 'stage_probabilities', 'fit_decisions', 'level_report', 'frame_maps', 'predict_blocks',
-           'predict_test', 'load_predictor', 'node_answers', 'tree_report', 'level_table', 'type_table', 'report_text',
-           'intra_frames', 'source_of', 'compared_nodes']
+           'train_run', 'train_frames', 'train_material', 'save_half', 'shipped_weights', 'JointPredictor',
+           'decode_tree', 'type_sets', 'tree_table', 'stage_probabilities', 'fit_decisions', 'level_report',
+           'frame_maps', 'predict_blocks', 'predict_test', 'load_predictor', 'node_answers', 'tree_report',
+           'level_table', 'type_table', 'report_text', 'intra_frames', 'source_of', 'compared_nodes']
 
 # %% ../nbs/24_joint.ipynb #bf9a28f2
 import itertools
@@ -310,6 +310,43 @@ def train_run(
 MATERIAL = dict(epochs=3, conditions=True, level_weights=(1.0,) * 5, power=0.5, detail=0.5)
 
 
+def train_frames(
+    frames: Iterable,  # `material.MaterialFrame`s, of which those of "train" and "val" are used
+    out_dir: str | Path,  # folder for the checkpoints
+    recipe: JointRecipe | Mapping = {},  # or the fields of it that differ
+    progress: bool = True,  # show a progress bar
+    *,
+    provenance: Mapping,  # what the checkpoints shall say, at least `split_hash`
+):
+    """`(model with its best weights, History)`: train on the training frames, choose the epoch by
+    the validation frames.
+
+    Raises `ValueError` for a field that a recipe does not have.
+    """
+    recipe = recipe if isinstance(recipe, JointRecipe) else joint_recipe(**recipe)
+    weights, frames = list(recipe.level_weights), list(frames)
+    levels = LARGE_LEVELS if len(weights) == len(LARGE_LEVELS) else LEVELS
+    device = pick_device(recipe.device)  # of this process, where all frames then are
+    train, val = (
+        FrameSet([f for f in frames if f.split == split], recipe.side, device, levels=levels)
+        for split in ("train", "val")
+    )
+    return train_joint(
+        train,
+        val,
+        out_dir,
+        {"level_weights": weights, **provenance},
+        _config_of(recipe),
+        recipe.name,
+        recipe.symmetries,
+        TreeLikelihood(weights),
+        progress,
+        recipe.power,
+        recipe.detail,
+        **_network_settings(recipe),
+    )
+
+
 def train_material(
     folder: str | Path,  # of a set of whole frames, see `material.load_material`
     out_dir: str | Path,  # folder for the checkpoints
@@ -324,36 +361,20 @@ def train_material(
     """
     from av1nb.material import load_material, material_table  # which reads pictures of all kinds
 
-    recipe = recipe if isinstance(recipe, JointRecipe) else joint_recipe(**recipe)
-    weights = list(recipe.level_weights)
-    levels = LARGE_LEVELS if len(weights) == len(LARGE_LEVELS) else LEVELS
     materials = None if materials is None else sorted(materials)
-    device = pick_device(recipe.device)  # of this process, where all frames then are
-    train, val = (
-        FrameSet(load_material(folder, [split], materials), recipe.side, device, levels=levels)
-        for split in ("train", "val")
-    )
+    frames = load_material(folder, ("train", "val"), materials)
     table = material_table(folder)
     places = sorted(set(zip(table["group"], table["split"])))
-    provenance = dict(
-        split_hash=sha256(str(places).encode()),
-        level_weights=weights,
-        materials=materials or sorted(table["material"].unique()),
-        frames=int(table["name"].nunique()),
-    )
-    return train_joint(
-        train,
-        val,
+    return train_frames(
+        frames,
         out_dir,
-        provenance,
-        _config_of(recipe),
-        recipe.name,
-        recipe.symmetries,
-        TreeLikelihood(weights),
+        recipe,
         progress,
-        recipe.power,
-        recipe.detail,
-        **_network_settings(recipe),
+        provenance=dict(
+            split_hash=sha256(str(places).encode()),
+            materials=materials or sorted(table["material"].unique()),
+            frames=int(table["name"].nunique()),
+        ),
     )
 
 # %% ../nbs/24_joint.ipynb #d2f58133

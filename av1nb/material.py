@@ -7,8 +7,8 @@ __all__ = ['MATERIALS', 'FRAME_SIZES', 'PRESETS', 'LEVELS_OF_QUALITY', 'photon_n
            'screen', 'title', 'between_bars', 'faded', 'PictureSource', 'FramePlan', 'split_of', 'draw_encodes',
            'plan_frames', 'MaterialError', 'free_sources', 'fetch_source', 'picture_sources', 'folder_sources',
            'make_frame', 'frame_tree', 'repeats_of', 'build_material', 'MaterialFrame', 'load_material',
-           'material_table', 'material_counts', 'type_shares', 'agreement', 'material_card', 'material_blocks',
-           'materials_of']
+           'material_table', 'material_counts', 'type_shares', 'agreement', 'material_card', 'recording_of',
+           'frame_blocks', 'material_blocks', 'materials_of']
 
 # %% ../nbs/22_material.ipynb #0e0acada
 import io
@@ -21,7 +21,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -841,12 +841,26 @@ def load_material(
     folder: str | os.PathLike,  # of a set
     splits: Sequence[str] = _SPLITS,  # wanted
     materials: Sequence[str] | None = None,  # wanted; None: all
+    presets: Sequence[int] | None = None,  # of the encodes; None: all
+    modes: Sequence[str] | None = None,  # of the encodes, "allintra" or "good"; None: both
+    lines: int | None = None,  # of a frame at most, on its shorter side; None: any number
 ) -> list[MaterialFrame]:  # by name of the frame, then in the order of its encodes
     "Frames of a set. Raises `MaterialError` for what is missing or damaged."
     found = []
     for entry in _entries(folder):
         plan = entry["plan"]
-        if plan["split"] not in splits or plan["material"] not in (materials or MATERIALS):
+        wanted = [
+            (number, told)
+            for number, told in enumerate(entry["encodes"])
+            if (presets is None or told["cpu_used"] in presets)
+            and (modes is None or told["mode"] in modes)
+        ]
+        if (
+            not wanted
+            or plan["split"] not in splits
+            or plan["material"] not in (materials or MATERIALS)
+            or (lines is not None and min(plan["size"]) > lines)
+        ):
             continue
         path = Path(folder) / f"{plan['name']}.npz"
         if not path.is_file() or sha256_of_file(path) != entry["sha256"]:
@@ -854,7 +868,7 @@ def load_material(
         with np.load(path) as stored:
             arrays = dict(stored)
         luma, chroma = arrays["y"][None], np.stack([arrays["u"], arrays["v"]])
-        for number, told in enumerate(entry["encodes"]):
+        for number, told in wanted:
             own = {key: told[key] for key in ("qindex", "mode", "cpu_used", "superblock")}
             conditions = Conditions(**own, lines=min(luma.shape[1:]))
             trees = {
@@ -1058,6 +1072,49 @@ def _as_block_set(parts, split, settings):
     )
 
 # %% ../nbs/22_material.ipynb #e627f398
+def recording_of(
+    frame: MaterialFrame,  # an encode
+) -> str:  # begins with its material
+    "Name of an encode among the recordings of a block set."
+    told = frame.conditions
+    return f"{frame.material}-{frame.frame_name}_{told.mode}{told.cpu_used}_q{told.qindex}"
+
+
+def frame_blocks(
+    frames: Sequence[MaterialFrame],  # encodes, each with its split
+    size: int = 16,  # side of the blocks in pixels: 8, 16, 32 or 64
+    margin: int = 0,  # pixels of context on each side; outside the frame its border is repeated
+    # blocks of one encode at most, drawn without looking at them; one number, or one for each split
+    each: int | Mapping[str, int] = 150,
+    types: Sequence[int] | None = None,  # partition types wanted; None: all
+    seed: int = 42,  # of what is drawn
+) -> dict:  # "train", "val", "test" → BlockSet
+    """Blocks of whole frames: a sequence is a photograph, film or drawing, a recording one encode
+    of one frame of it.
+
+    Raises `MaterialError` where a split has none.
+    """
+    wanted = range(len(PartitionType)) if types is None else types
+    most = each if isinstance(each, Mapping) else dict.fromkeys(_SPLITS, each)
+    parts = {split: [] for split in _SPLITS}
+    for frame in frames:
+        own = recording_of(frame)
+        nodes = _drawn_nodes(frame, size, wanted, most[frame.split], _generator(seed, own))
+        samples = extract_blocks(
+            frame.luma[0], nodes["row"].to_numpy(), nodes["col"].to_numpy(), size, margin
+        )
+        if len(nodes):
+            parts[frame.split].append((frame, own, samples, nodes))
+    if empty := [split for split, found in parts.items() if not found]:
+        raise MaterialError(
+            f"the frames have no {size}×{size} block for {', '.join(empty)}; ask for more presets"
+            " or materials, or build more frames with the stage build_material."
+        )
+    assignment = {frame.name: split for split, found in parts.items() for frame, *_ in found}
+    settings = dict(size=size, margin=margin, seed=seed, assignment=assignment)
+    return {split: _as_block_set(found, split, settings) for split, found in parts.items()}
+
+
 def material_blocks(
     folder: str | os.PathLike,  # of a set
     size: int = 16,  # side of the blocks in pixels: 8, 16, 32 or 64
@@ -1067,33 +1124,14 @@ def material_blocks(
     materials: Sequence[str] | None = None,  # wanted; None: all
     types: Sequence[int] | None = None,  # partition types wanted; None: all
     seed: int = 42,  # of what is drawn
+    **wanted,  # modes, lines: as in `load_material`
 ) -> dict:  # "train", "val", "test" → BlockSet
-    """Blocks for classifiers that look at one block: a sequence is a photograph, film or drawing, a
-    recording one encode of one frame of it, and the division is that of the set.
+    """Blocks for classifiers that look at one block, divided as the set is.
 
-    `materials_of` names the material of each block. Raises `MaterialError` where a split has none.
+    `materials_of` names the material of each block. Raises as `frame_blocks` does.
     """
-    wanted = range(len(PartitionType)) if types is None else types
-    parts = {split: [] for split in _SPLITS}
-    for frame in load_material(folder, materials=materials):
-        told = frame.conditions
-        if presets is not None and told.cpu_used not in presets:
-            continue
-        own = f"{frame.material}-{frame.frame_name}_{told.mode}{told.cpu_used}_q{told.qindex}"
-        nodes = _drawn_nodes(frame, size, wanted, each, _generator(seed, own))
-        samples = extract_blocks(
-            frame.luma[0], nodes["row"].to_numpy(), nodes["col"].to_numpy(), size, margin
-        )
-        if len(nodes):
-            parts[frame.split].append((frame, own, samples, nodes))
-    if empty := [split for split, found in parts.items() if not found]:
-        raise MaterialError(
-            f"{folder} has no {size}×{size} block for {', '.join(empty)}; ask for more presets or"
-            " materials, or build more frames with the stage build_material."
-        )
-    assignment = {frame.name: split for split, found in parts.items() for frame, *_ in found}
-    settings = dict(size=size, margin=margin, seed=seed, assignment=assignment)
-    return {split: _as_block_set(found, split, settings) for split, found in parts.items()}
+    frames = load_material(folder, materials=materials, presets=presets, **wanted)
+    return frame_blocks(frames, size, margin, each, types, seed)
 
 
 def materials_of(

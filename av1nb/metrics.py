@@ -6,7 +6,8 @@
 __all__ = ['LEAST_PROBABILITY', 'checked_labels', 'checked_scores', 'reliability_table', 'expected_calibration_error',
            'score_report', 'classification_report', 'Score', 'baselines', 'as_frame', 'comparison_frame',
            'confusion_statistic', 'ranked_report', 'bootstrap_interval', 'seed_interval', 'compare_seeds', 'over_seeds',
-           'linear_cka', 'verdict']
+           'linear_cka', 'mcnemar', 'require_together', 'compare_answers', 'holm', 'power_of', 'smallest_difference',
+           'sequences_needed', 'verdict']
 
 # %% ../nbs/16_metrics.ipynb #f4dedac9
 import math
@@ -522,6 +523,163 @@ def linear_cka(
     if own == 0:
         raise ValueError("All blocks have the same features in one set; nothing can be compared.")
     return float(np.linalg.norm(y.T @ x) ** 2 / own)
+
+# %% ../nbs/16_metrics.ipynb #fe47418b
+def mcnemar(
+    y_true: ArrayLike,  # true class numbers [N]
+    first: ArrayLike,  # decided by the first system [N]
+    second: ArrayLike,  # decided by the second system [N]
+    groups: ArrayLike,  # sequence of each block [N]
+) -> dict:
+    """Blocks that only the one or only the other system gets right, and how likely such a
+    difference is between equally good systems: only_first, only_second, p_blocks (blocks
+    independent, exact), p (sequences independent).
+
+    Sources: McNemar (1947); Obuchowski (1998), for clusters. p is 1 where they never differ. Raises
+    `ValueError` if lengths differ.
+    """
+    from scipy import stats
+
+    y_true, first, second, groups = map(np.asarray, (y_true, first, second, groups))
+    require_together(y_true=y_true, first=first, second=second, groups=groups)
+    only_first = (first == y_true) & (second != y_true)
+    only_second = (second == y_true) & (first != y_true)
+    difference = np.bincount(
+        pd.factorize(groups)[0], only_second.astype(float) - only_first.astype(float)
+    )
+    one, other, spread = int(only_first.sum()), int(only_second.sum()), (difference**2).sum()
+    return {
+        "only_first": one,
+        "only_second": other,
+        "p_blocks": float(stats.binomtest(one, one + other).pvalue) if one + other else 1.0,
+        "p": float(stats.chi2.sf(difference.sum() ** 2 / spread, 1)) if spread else 1.0,
+    }
+
+
+def require_together(
+    **columns,  # name → array of one value a block
+):
+    "`ValueError` that names the lengths unless all columns are equally long and not empty."
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1 or not all(lengths.values()):
+        said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"One value a block is needed in each of them, but they hold: {said}.")
+
+# %% ../nbs/16_metrics.ipynb #352d749e
+def _confusions_of_groups(y_true, y_pred, groups, n_classes):
+    "Confusion matrices [groups, K, K]."
+    cells = n_classes * n_classes
+    counts = np.bincount(
+        (groups * n_classes + y_true) * n_classes + y_pred, minlength=(groups.max() + 1) * cells
+    )
+    return counts.reshape(-1, n_classes, n_classes)
+
+
+def compare_answers(
+    y_true: ArrayLike,  # true class numbers [N]
+    first: ArrayLike,  # decided by the first system [N]
+    second: ArrayLike,  # decided by the second system [N]
+    groups: ArrayLike,  # sequence of each block [N], any hashable values
+    # a measure of `confusion_statistic`, or a function of confusions [n, K, K]
+    statistic: str | Callable = "accuracy",
+    margin: float = 0.0,  # the question is whether second − first differs from this
+    n: int = 5000,  # resampled test sets
+    seed: int = 42,  # of the draws
+    level: float = 0.95,  # confidence of the interval
+) -> dict:
+    """Two systems on the same blocks, by a bootstrap that draws whole sequences: difference (second
+    − first), low, high, error (standard deviation of the drawn differences), p (two-sided, that
+    the difference is the margin), sequences.
+
+    Sources: Efron and Tibshirani (1993); Davison and Hinkley (1997). Raises `ValueError` if lengths
+    differ or there are fewer than two sequences.
+    """
+    y_true, first, second, groups = map(np.asarray, (y_true, first, second, groups))
+    require_together(y_true=y_true, first=first, second=second, groups=groups)
+    n_classes = int(max(y_true.max(), first.max(), second.max())) + 1
+    y_true, first, second = (checked_labels(y, n_classes) for y in (y_true, first, second))
+    places, names = pd.factorize(groups)
+    if len(names) < 2:
+        raise ValueError("All blocks come from one sequence; drawing sequences needs at least two.")
+    measure = statistic if callable(statistic) else lambda c: confusion_statistic(c, statistic)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n)
+    both = [_confusions_of_groups(y_true, own, places, n_classes) for own in (first, second)]
+    drawn = [
+        measure((draws @ own.reshape(len(names), -1)).reshape(n, n_classes, n_classes))
+        for own in both
+    ]
+    apart = drawn[1] - drawn[0]
+    whole = [float(measure(own.sum(0)[None])[0]) for own in both]
+    low, high = np.quantile(apart, [(1 - level) / 2, (1 + level) / 2])
+    beyond = min((apart <= margin).sum(), (apart >= margin).sum())
+    return {
+        "difference": whole[1] - whole[0],
+        "low": float(low),
+        "high": float(high),
+        "error": float(apart.std(ddof=1)),
+        "p": min(1.0, 2 * (1 + int(beyond)) / (n + 1)),
+        "sequences": len(names),
+    }
+
+# %% ../nbs/16_metrics.ipynb #0398e4e3
+def holm(
+    p: dict,  # question → its p, 0–1
+) -> dict:  # question → p that may be compared with the level as if it were the only one
+    """p values corrected for the number of questions.
+
+    Source: Holm (1979). Raises `ValueError` for a value that is no probability.
+    """
+    values = np.array(list(p.values()), float)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"p values lie from 0 to 1, not {p}; leave out what was not asked.")
+    order = np.argsort(values, kind="stable")
+    raised = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    corrected = dict(zip(np.array(list(p), object)[order], np.minimum(raised, 1).tolist()))
+    return {question: corrected[question] for question in p}
+
+# %% ../nbs/16_metrics.ipynb #c299c24c
+def power_of(
+    difference: float,  # true difference that would matter, not 0
+    error: float,  # standard error of the measured difference, above 0
+    level: float = 0.95,  # 1 − the chance to see a difference where there is none
+) -> float:  # 0–1
+    """Chance that a two-sided test finds such a difference.
+
+    Source: Cohen (1988), by the normal distribution.
+    """
+    from scipy import stats
+
+    beyond = stats.norm.ppf((1 + level) / 2)
+    effect = abs(difference) / error
+    return float(stats.norm.cdf(effect - beyond) + stats.norm.cdf(-effect - beyond))
+
+
+def smallest_difference(
+    error: float,  # standard error of the measured difference
+    power: float = 0.8,  # wanted
+    level: float = 0.95,  # 1 − the chance to see a difference where there is none
+) -> float:
+    "The true difference that is found with this power. Source: Cohen (1988)."
+    from scipy import stats
+
+    return float((stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(power)) * error)
+
+
+def sequences_needed(
+    difference: float,  # true difference that would matter, not 0
+    error: float,  # standard error of the measured difference over `sequences`
+    sequences: int,  # that it was measured on
+    power: float = 0.8,  # wanted
+    level: float = 0.95,  # 1 − the chance to see a difference where there is none
+) -> int:
+    """How many sequences like these find such a difference with this power.
+
+    Source: Cohen (1988). Raises `ValueError` for a difference of 0, which no number finds.
+    """
+    if not difference:
+        raise ValueError("No number of sequences finds a difference of 0; name one that matters.")
+    return math.ceil(sequences * (smallest_difference(error, power, level) / difference) ** 2)
 
 # %% ../nbs/16_metrics.ipynb #ded75067
 def verdict(
