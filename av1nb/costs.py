@@ -13,7 +13,7 @@ import ast
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from av1nb.masks import (
     OVERRIDE,
     TYPES,
     _LEVEL,
+    decide,
     least_gaps,
     mask_choices,
 )
@@ -685,9 +686,29 @@ class DecisionModel:
         return levels, stock
 
 # %% ../nbs/28_costs.ipynb #d0c3001b
+def _used_choices(model, examples, prices):
+    "The same model with the choices alone that are taken on the examples at some price."
+    used = {size: level.choices.words == 0 for size, level in model.levels.items()}
+    for example in examples:
+        levels, _ = model.expect(example.probabilities, example.luma, example.qindex)
+        for price in prices:
+            for size, best in decide(levels, price).chosen.items():
+                used[size][best[example.inside[size]]] = True
+    levels = {}
+    for size, level in model.levels.items():
+        kept, choices = used[size], level.choices
+        levels[size] = replace(
+            level,
+            choices=MaskChoices(choices.words[kept], choices.tried[kept]),
+            regrets=level.regrets[:, kept],
+        )
+    return DecisionModel(levels, model.scale)
+
+
 def fit_decisions(
     examples: Sequence[DecisionExample],  # frames of one preset, with one network
     most: int = 4,  # types of the largest set that lifts the pruning
+    prices: Sequence[float] = tuple(np.geomspace(1e-3, 1, 7)),  # that will be asked for
 ) -> DecisionModel:
     "The model of a preset. Raises `ValueError` without examples."
     if not examples:
@@ -695,7 +716,8 @@ def fit_decisions(
     levels = {size: _fit_level(examples, size, most) for size in LEVELS}
     whole = DecisionModel(levels, 1.0)
     said = sum(whole.expect(e.probabilities, e.luma, e.qindex)[1] for e in examples)
-    return DecisionModel(levels, sum(e.searched.seconds for e in examples) / said)
+    scaled = DecisionModel(levels, sum(e.searched.seconds for e in examples) / said)
+    return _used_choices(scaled, examples, prices)
 
 # %% ../nbs/28_costs.ipynb #d0c3000f
 _DECISIONS = "av1nb decisions 1"

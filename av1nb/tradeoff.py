@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['bd_rate', 'local_rate', 'compare_encodes', 'compare_pictures', 'compare_conditions', 'lower_hull', 'below_hull',
-           'undominated', 'tune_policy']
+           'undominated', 'tune_policy', 'groups_needed', 'Promise', 'promised_factor', 'promised_time']
 
 # %% ../nbs/31_tradeoff.ipynb #4f8e5380
+import bisect
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -266,3 +269,85 @@ def tune_policy(
     found = found[found["loss"] == found["loss"][::-1].cummin()[::-1]].reset_index(drop=True)
     merged = [_combined(policies, chosen) for chosen in found.pop("chosen")]
     return found.assign(policy=merged)
+
+# %% ../nbs/31_tradeoff.ipynb #d0c40002
+def groups_needed(
+    risk: float = 0.1,  # share of new groups that may miss the budget
+) -> int:
+    "Fewest calibration groups with which anything can be promised at that risk."
+    return math.ceil(1 / risk) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Promise:
+    "Calibration frames of a preset: what was foretold of each price, and what it did."
+
+    prices: tuple[float, ...]  # rising
+    groups: tuple[str, ...]  # group of every frame
+    foretold: np.ndarray = field(repr=False)  # float [frames, prices]: expected loss, percent
+    lost: np.ndarray = field(repr=False)  # float [frames, prices]: measured loss, percent
+    # float [frames, prices]: expected and measured time, relative to the preset without masks
+    expected_time: np.ndarray = field(repr=False)
+    time: np.ndarray = field(repr=False)
+
+    def __post_init__(self):
+        shape = (len(self.groups), len(self.prices))
+        for name in ("foretold", "lost", "expected_time", "time"):
+            values = np.asarray(getattr(self, name), float)
+            if values.shape != shape or not np.isfinite(values).all():
+                raise ValueError(
+                    f"{name} of a promise must be finite numbers {list(shape)}, one for each frame"
+                    " and price."
+                )
+            object.__setattr__(self, name, values)
+        if list(self.prices) != sorted(self.prices) or not self.prices:
+            raise ValueError("The prices of a promise must rise.")
+
+    def chosen(
+        self,
+        budget: float,  # percent
+        factor: float,  # of the foretold loss
+    ) -> np.ndarray:  # int [frames]: number of the price, −1 for no masks
+        "The highest price of every frame whose foretold loss stays within the budget."
+        return ((self.foretold * factor <= budget) & (self.foretold >= 0)).sum(1) - 1
+
+    def failing(
+        self,
+        budget: float,  # percent
+        factor: float,  # of the foretold loss
+    ) -> int:
+        "Groups of which some frame would lose more than the budget."
+        chosen, most = self.chosen(budget, factor), np.maximum.accumulate(self.lost, 1)
+        lost = np.where(chosen < 0, 0.0, most[np.arange(len(chosen)), np.maximum(chosen, 0)])
+        return len({group for group, one in zip(self.groups, lost) if one > budget})
+
+# %% ../nbs/31_tradeoff.ipynb #d0c40003
+def promised_factor(
+    promise: Promise,  # calibration frames
+    budget: float,  # percent that may be lost
+    risk: float = 0.1,  # share of new groups that may miss it
+) -> float:
+    "Least factor of the foretold loss that conformal risk control allows; infinite for none."
+    if budget < 0:
+        return math.inf
+    count = len(set(promise.groups))
+    # between two of these every frame keeps its price
+    steps = (budget / np.maximum(promise.foretold, 1e-9)).ravel()
+    factors = np.unique(np.r_[0.0, steps, np.nextafter(steps, np.inf)])
+
+    def kept(factor):  # once it is, it stays so for larger factors
+        return (promise.failing(budget, factor) + 1) / (count + 1) <= risk + 1e-12
+
+    least = bisect.bisect_left(factors, True, key=kept)
+    return float(factors[least]) if least < len(factors) else math.inf
+
+
+def promised_time(
+    promise: Promise,  # calibration frames
+) -> tuple[float, float]:  # measured time is about the first number plus the second · expected
+    "Line through expected and measured times (least squares), both relative to no masks."
+    x, y = promise.expected_time.ravel(), promise.time.ravel()
+    if np.ptp(x) < 1e-9:
+        return float(y.mean()), 0.0
+    slope, level = np.polyfit(x, y, 1)
+    return float(level), float(slope)
