@@ -122,7 +122,12 @@ def test_a_record_says_where_its_numbers_come_from(path):
     assert re.search(r"^```(ba)?sh\n", text, re.M), "no command"
     cells = json.loads(path.read_text())["cells"]
     ran = [cell for cell in cells if "runs.provenance(" in "".join(cell["source"])]
-    if any(cell["outputs"] for cell in ran):
+    if shown := "".join(json.dumps(cell["outputs"]) for cell in ran).partition("commit")[2]:
+        assert re.search(r"[0-9a-f]{40}", shown), "no commit"
+        named, whole = (
+            re.findall(f"SHA-256 of {rest}", shown) for rest in ("", r".*?[0-9a-f]{64}")
+        )
+        assert named and len(named) == len(whole), "a hash is cut off"
         return
     stored = text[text.index("### Provenance") :]
     commit = re.search(r"Commit `([0-9a-f]{12})`", stored)[1]

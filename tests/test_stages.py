@@ -101,21 +101,6 @@ def test_stored_pictures_are_small(path):
                     assert len(content) <= 300_000, f"{path.name}, cell {number}: {kind}"
 
 
-RECORDS = [p for p in PAGES if p.parent.name == "thesis" and "## 4. Protocol" in p.read_text()]
-
-
-@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
-def test_a_record_names_its_command_its_commit_and_the_hashes_of_its_inputs(path):
-    cells = nbformat.read(path, 4).cells
-    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    said = prose + "\n".join(text for cell in cells for text in texts_of(cell))
-    assert re.search(r"```(?:ba)?sh\n.*?(av1nb|make|papermill) ", prose, re.S), "no command"
-    assert "runs.provenance(" in code, "a repetition would not say where its numbers come from"
-    assert re.search(r"\bcommit\b.{0,200}?\b[0-9a-f]{12,40}\b", said, re.S | re.I), "no commit"
-    assert re.search(r"\b[0-9a-f]{64}\b", said), "no hash of an input"
-
-
 def test_one_list_makes_the_messages(tmp_path):
     run = runs.RunDirectory(tmp_path)
     for notebook in runs.NOTEBOOKS:
