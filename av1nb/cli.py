@@ -743,6 +743,11 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
         f"{film}; policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation"
         f" pictures{_with_another_libaom(steering.tuned_with(policies), library.version)}"
     )
+    if reasons := list(filter(None, (steering.why_aside(planes[0]) for planes in film.planes))):
+        typer.echo(
+            f"{len(reasons)} of {len(film)} frames are coded without masks, which would not pay:"
+            f" {reasons[0]}{', …' * (len(reasons) > 1)}"
+        )
     loading += predictor.warm_up(film.width, film.height, encoding.qindex_of(cq_level))
     tags = None if film.cicp == (2, 2, 2) else encoding.ColourTags(*film.cicp)
 

@@ -10,6 +10,7 @@ __all__ = ['Still', 'still_picture', 'read_still', 'avif_file', 'EncodedStill', 
 import io
 import os
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,13 @@ from av1nb.pictures import (
 )
 from .joint import JointPredictor
 from .masks import MaskPolicy
-from .steering import encode_masked, load_encoder, luma_quality, predict_masks
+from av1nb.steering import (
+    encode_masked,
+    load_encoder,
+    luma_quality,
+    predict_masks,
+    why_aside,
+)
 
 # %% ../nbs/32_stills.ipynb #54567465
 @dataclass(frozen=True, eq=False)
@@ -315,9 +322,11 @@ class EncodedStill:
     prediction: float  # CPU seconds of the masks; 0 without
     predicted: bool  # whether masks steered the encoder
     libaom: str  # version of the library
+    aside: str = ""  # why masks were left out, see `why_aside`
 
     def __str__(self):
         how = f"predicted, masks {self.prediction:.3f} s" if self.predicted else "stock"
+        how += f", without masks: {self.aside}" * bool(self.aside)
         return (
             f"{len(self.avif)} bytes, qindex {self.qindex}, PSNR-Y {self.psnr:.2f} dB, SSIM"
             f" {self.ssim:.5f}, {self.user:.2f} s of libaom {self.libaom}, {how}"
@@ -369,7 +378,12 @@ def _coded_stock(still, settings, libaom):
 
 
 def _coded_with_masks(still, settings, libaom, predictor, policy):
-    "The same for an encode that a network steers."
+    "The same for an encode that a network steers, or that stands aside."
+    started = time.process_time()
+    if aside := why_aside(still.luma):
+        looked = time.process_time() - started
+        facts, packet = _coded_stock(still, settings, libaom)
+        return facts | dict(prediction=looked, aside=aside), packet
     masks, seconds = predict_masks(predictor, [still.luma], qindex_of(settings["cq_level"]), policy)
     result = encode_masked(
         [still.picture.planes],
@@ -385,7 +399,7 @@ def _coded_with_masks(still, settings, libaom, predictor, policy):
     # behind the headers of file and packet
     return facts | dict(predicted=True, qindex=result.qindexes[0]), result.ivf[44:]
 
-
+# %% ../nbs/32_stills.ipynb #7d1e0c32
 def encode_still(
     still: Still,  # the picture
     path: str | os.PathLike | None = None,  # AVIF file to write; None keeps it in memory

@@ -19,7 +19,16 @@ from av1nb.encoding import encode, synthetic_picture
 from av1nb.libaom import Libaom, LibaomError
 from av1nb.masks import MaskTable, masks_from_nodes, uniform_masks
 from av1nb.partitions import PartitionType, is_inside, legal_grid, legal_types, random_tree
-from av1nb.steering import RELEASE, encode_masked, encoder_cache, load_encoder, search_costs
+from av1nb.steering import (
+    RELEASE,
+    _require_counts,
+    _tables_in,
+    _tables_of,
+    encode_masked,
+    encoder_cache,
+    load_encoder,
+    search_costs,
+)
 from av1nb.streams import check_libaom
 from conftest import system_libaom
 
@@ -400,6 +409,33 @@ def test_rows_in_several_threads_obey_the_masks(encoder, threads):
     pd.testing.assert_frame_equal(tree_of(result.log.nodes), tree_of(trees))
 
 
+@pytest.mark.parametrize(
+    "mode, cpu_used, options, equal",
+    [
+        ("allintra", 5, {"row-mt": 1}, False),  # probabilities adapt in another order
+        ("allintra", 5, {"row-mt": 1, "cdf-update-mode": 0}, True),  # they do not adapt
+        ("allintra", 5, {"row-mt": 0, "tile-columns": 1}, True),
+        ("good", 3, {"row-mt": 0, "tile-columns": 1}, True),
+        ("good", 5, {"row-mt": 0, "tile-columns": 1}, False),  # filters are left out
+    ],
+)
+def test_one_thread_and_two_differ_just_where_libaom_itself_does(
+    encoder, stock, mode, cpu_used, options, equal
+):
+    pictures, masks = scene(264, 200), random_masks(264, 200, 1, 2)
+    settings = dict(mode=mode, cpu_used=cpu_used, cq_level=40)
+    whole = {"sb-size": 64} | options
+    one, two = (
+        encode(pictures, threads=n, options=whole, libaom=stock, **settings).ivf for n in (1, 2)
+    )
+    assert (one == two) is equal
+    one, two = (
+        encode_masked(pictures, masks, threads=n, options=options, encoder=encoder, **settings).ivf
+        for n in (1, 2)
+    )
+    assert (one == two) is equal
+
+
 # ---- Sizes and tunings
 
 
@@ -517,6 +553,19 @@ def test_threads_that_race_for_the_tables_change_nothing(encoder):
     first, *others = (encode_masked(pictures, masks, threads=8, **settings) for _ in range(8))
     for result in others:
         assert_same_result(result, first)
+
+
+@pytest.mark.parametrize("cpu_used", [7, 8, 9])
+def test_a_table_is_harmless_where_libaom_does_not_search(encoder, cpu_used):
+    # `encode_masked` refuses these presets; here the library itself is given the table.
+    plain = encode(scene(136, 104), cpu_used=cpu_used, libaom=encoder).ivf
+    tables = _tables_of(random_masks(136, 104, 1, 1), 1, 136, 104, True)
+    with _tables_in(encoder, tables, 1, 136, 104, False) as counts:
+        found = encode(scene(136, 104), cpu_used=cpu_used, libaom=encoder).ivf
+    assert found == plain and not counts.any()
+    assert not tables[1].any() and np.isnan(tables[2]).all()
+    with pytest.raises(ValueError, match="did not search for partitions"):
+        _require_counts(counts, True, 1, 136, 104, encoder.version)
 
 
 def test_a_table_of_another_size_is_refused_before_and_during_a_film(encoder):

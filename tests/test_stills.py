@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 
 from av1nb import stills
 from av1nb.encoding import synthetic_picture
@@ -395,6 +395,37 @@ def test_with_predictions_or_said_why_not(tmp_path):
         assert Image.open(tmp_path / name).size == (128, 96)
     bad = av1nb(*common, "--out", tmp_path / "no.ivf", check=False)
     assert bad.returncode == 1 and "are for AVIF" in bad.stderr
+
+
+def page_of_text(width=160, height=96):
+    page = Image.new("L", (width, height), 255)
+    for row in range(4, height, 12):
+        ImageDraw.Draw(page).text((4, row), "Twenty letters a line", fill=0)
+    return page
+
+
+def test_drawings_are_coded_without_masks_and_that_is_said(tmp_path):
+    from av1nb.pictures import write_y4m
+    from av1nb.steering import load_encoder
+
+    try:
+        load_encoder()
+    except LibaomError as missing:
+        pytest.skip(str(missing))
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    page_of_text().save(folder / "page.png")
+    Image.fromarray(textured(160, 96)).save(folder / "photo.png")
+    Image.new("RGB", (160, 96), (9, 9, 200)).save(folder / "plain.png")
+    common = ("--speed", 4)
+    page, photo, plain = av1nb("encode", folder, "--out", out, *common).stdout.splitlines()[1:4]
+    assert "stock, without masks: drawings or text" in page
+    assert "stock, without masks: 100% of its blocks are empty" in plain
+    assert "predicted, masks" in photo and "without" not in photo
+    luma = np.asarray(page_of_text()).astype(np.uint16) * 3 + 64
+    write_y4m(tmp_path / "in.y4m", [luma, synthetic_picture(160, 96)[0]])
+    film = ("encode", tmp_path / "in.y4m", "--out", tmp_path / "out.ivf", "--no-compare")
+    assert "1 of 2 frames are coded without masks" in av1nb(*film, *common).stdout
 
 
 def test_a_film_keeps_rate_and_colours_in_its_container(tmp_path):
