@@ -27,6 +27,7 @@ from .encoding import Conditions
 from .files import from_root, sha256
 from av1nb.frames import (
     CropBatches,
+    Filmed,
     FrameSet,
     TileBatches,
     at_blocks,
@@ -249,6 +250,8 @@ def joint_recipe(
 def read_run(
     run_dir: str | Path,  # run directory with raw data and block sets
     size: int = 16,  # block size of the sets in pixels
+    # set of whole frames that the blocks were cut from; None: the run's own raw data
+    material: str | Path | None = None,
 ) -> tuple[dict, dict]:  # split → BlockSet; split → pictures
     """Block sets of a run and the frames they were cut from.
 
@@ -256,11 +259,30 @@ def read_run(
     """
     run_dir = from_root(run_dir)
     sets = read_block_sets(run_dir / "dataset", size)
+    if material is not None:
+        return sets, {split: _encodes_of(blocks, material) for split, blocks in sets.items()}
     placed = sets["test"].assignment
     pictures = [p for p in recorded_pictures(run_dir / "raw") if p.name in placed]
     return sets, split_pictures(pictures, placed)
 
 
+def _encodes_of(blocks, material):
+    "One picture for each encode of a set of whole frames that blocks were cut from."
+    from av1nb.material import load_material, recording_of  # which reads pictures of all kinds
+
+    table = blocks.table().drop_duplicates("recording").set_index("recording")
+    frames = {recording_of(frame): frame for frame in load_material(from_root(material))}
+    if missing := sorted(set(table.index) - set(frames)):
+        raise ValueError(
+            f"{material} lacks {missing[0]}, which blocks of this run were cut from; name the set"
+            " that 001_prepare_dataset was given."
+        )
+    return [
+        Filmed(found["sequence"], frames[name].luma, (int(found["frame"]),), frames[name].nodes)
+        for name, found in table.iterrows()
+    ]
+
+# %% ../nbs/24_joint.ipynb #c0d171b2
 def train_run(
     # run directory with raw data and block sets; a relative one begins at the root
     run_dir: str | Path,

@@ -70,10 +70,10 @@ PREPARATION = (
     ),
     StageNotebook(
         "001_prepare_dataset",
-        "raw recordings to sets split by sequence",
+        "raw recordings or whole frames to sets split by sequence",
         ("dataset/block_*",),
         ("raw/recordings",),
-        reads=(("keep", "001_prepare_dataset"),),
+        reads=(("keep", "001_prepare_dataset"), ("material", "build_material")),
     ),
     StageNotebook(
         "002_prepare_stage3",
@@ -149,6 +149,7 @@ NOTEBOOKS = (
         "the joint network, all levels of whole frames",
         ("models/joint_model_best.pt", "reports/joint.json", "reports/joint_predictions.csv"),
         ("raw/recordings", "dataset/block_*"),
+        reads=(("material", "build_material"),),
         recipe="joint",
         shown="runs/joint",
     ),
@@ -168,6 +169,14 @@ NOTEBOOKS = (
         reads=(("corpus", "build_corpus"), ("photographs", "build_corpus")),
         writes=("out", "work"),
         shown="runs/joint",
+    ),
+    StageNotebook(
+        "013_systems",
+        "hierarchies and the joint network, compared on whole frames",
+        ("results",),
+        reads=(("folder", "build_material"),),
+        writes=("out",),
+        shown="runs/systems",
     ),
     StageNotebook(
         "build_sample",
@@ -1065,7 +1074,8 @@ def share_data(
     """
     run.path.mkdir(parents=True, exist_ok=True)
     for room in ("raw", "dataset"):
-        if (run / room).exists():
+        # a data set of whole frames has no raw recordings
+        if (run / room).exists() or not (source / room).exists():
             continue
         for path in (source / room).rglob("*"):  # a copy would hold what a link leads to
             inside(source, path.relative_to(source.path).as_posix(), RunError)
@@ -1232,7 +1242,8 @@ def compare(
     when a notebook fails or results do not belong together.
     """
     hierarchies, seeds = tuple(hierarchies), tuple(seeds)
-    size = (parameters | own_parameters.get(PIPELINE[1], {})).get("size", 16)
+    prepared = parameters | own_parameters.get(PIPELINE[1], {})
+    size = prepared.get("size", 16)
     notebooks = {name: notebooks_of(name, size) for name in hierarchies}
     taken = {
         notebook: parameters_of(find_notebook(notebook))
@@ -1242,9 +1253,10 @@ def compare(
     settings = _settings_of_all(notebooks, taken, parameters, own_parameters, size)
     results, others = {}, _results_elsewhere(run, hierarchies, further)
     data = RunDirectory(run / "data")
-    run_notebooks(
-        PIPELINE[:2], data, {"seed": split_seed}, settings[hierarchies[0]], keep=keep, quiet=quiet
-    )
+    # whole frames are read where they are
+    preparation = PIPELINE[1:2] if prepared.get("material") else PIPELINE[:2]
+    own = settings[hierarchies[0]]
+    run_notebooks(preparation, data, {"seed": split_seed}, own, keep=keep, quiet=quiet)
     split = read_json(data / f"dataset/block_{size}/metadata.json")["split_hash"]
     _refuse_other_splits(others, split)
     for seed in seeds:
