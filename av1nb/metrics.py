@@ -588,8 +588,9 @@ def compare_answers(
     level: float = 0.95,  # confidence of the interval
 ) -> dict:
     """Two systems on the same blocks, by a bootstrap that draws whole sequences: difference (second
-    − first), low, high, error (standard deviation of the drawn differences), p (two-sided, that
-    the difference is the margin), sequences.
+    − first), low, high, error (standard error, from the drawn differences), p (two-sided, that the
+    difference is the margin; never below 2^(1−K), the least that K sequences which all agree can
+    give), sequences.
 
     Sources: Efron and Tibshirani (1993); Davison and Hinkley (1997). Raises `ValueError` if lengths
     differ or there are fewer than two sequences.
@@ -617,8 +618,9 @@ def compare_answers(
         "difference": whole[1] - whole[0],
         "low": float(low),
         "high": float(high),
-        "error": float(apart.std(ddof=1)),
-        "p": min(1.0, 2 * (1 + int(beyond)) / (n + 1)),
+        # a drawn set has fewer different sequences than there are, so its spread is a little small
+        "error": float(apart.std(ddof=1)) * math.sqrt(len(names) / (len(names) - 1)),
+        "p": min(1.0, max(2 * (1 + int(beyond)) / (n + 1), 2.0 ** (1 - len(names)))),
         "sequences": len(names),
     }
 
