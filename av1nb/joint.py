@@ -277,10 +277,12 @@ def _encodes_of(blocks, material):
             f"{material} lacks {missing[0]}, which blocks of this run were cut from; name the set"
             " that 001_prepare_dataset was given."
         )
-    return [
-        Filmed(found["sequence"], frames[name].luma, (int(found["frame"]),), frames[name].nodes)
-        for name, found in table.iterrows()
-    ]
+    pictures = []
+    for name, found in table.iterrows():
+        own, number = frames[name], int(found["frame"])  # of the frame within its sequence
+        nodes = {qindex: tree.assign(frame=number) for qindex, tree in own.nodes.items()}
+        pictures.append(Filmed(found["sequence"], own.luma, (number,), nodes))
+    return pictures
 
 # %% ../nbs/24_joint.ipynb #c0d171b2
 def train_run(
