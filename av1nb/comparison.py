@@ -458,11 +458,11 @@ def compare_systems(
         if late := sorted(needed - set(names[:place])):
             raise ValueError(f"{system.name} is measured by {late[0]}, which must stand before it.")
     run, content = from_root(run), content_of_groups(folder)
-    every = load_material(folder, presets=plan["presets"], modes=plan["modes"], lines=plan["lines"])
-    groups = {frame.name for frame in every}
-    divisions = draw_divisions(
-        {group: content[group] for group in groups}, plan["parts"], seed=plan["division_seed"]
+    every = load_material(
+        folder, presets=plan["presets"], modes=plan["modes"], lines=plan["lines"]
     )
+    groups = {frame.name for frame in every}
+    divisions = draw_divisions({group: content[group] for group in groups}, plan["parts"], seed=plan["division_seed"])
     out = _made(run / "results")
     for number, seed in enumerate(seeds):
         assignment = divisions[number % len(divisions)]
@@ -478,7 +478,9 @@ def compare_systems(
                 sets["test"].split_hash,
             ):
                 told = _as_json(
-                    _run_system(system, place, dataset, sets, frames, seed, results, plan["device"])
+                    _run_system(
+                        system, place, dataset, sets, frames, seed, results, plan["device"]
+                    )
                 )
                 save_json(told, done)
             results[system.name] = told
@@ -668,10 +670,10 @@ def ask(
     matters: float = 0.02,  # a difference that would matter, for the power
     n: int = 5000,  # resampled test sets
 ) -> dict:
-    """Difference with its interval over sequences, error, p and sequences (`compare_answers`);
-    mean, seed_low, seed_high over the trainings (`seed_interval`), how many of them agree in
-    direction; mcnemar: p of that test, for accuracies without a margin; smallest difference that
-    is found with a power of 0.8, and sequences needed for one that matters.
+    """Difference with its interval over sequences, error, p and sequences (`compare_answers`); mean,
+    seed_low, seed_high over the trainings (`seed_interval`), how many of them agree in direction;
+    mcnemar: p of that test, for accuracies without a margin; smallest difference that is found
+    with a power of 0.8, and sequences needed for one that matters.
     """
     table = compared_blocks(answers, question)
     columns = [table[name].to_numpy() for name in ("true", "first", "second")]
@@ -713,7 +715,7 @@ def _difference(table, measure):
         values.append(float(confusion_statistic(confusion, measure)[0]))
     return values[1] - values[0]
 
-# %% ../nbs/36_comparison.ipynb #ab4cc4dd
+# %% ../nbs/36_comparison.ipynb #f448c3e8
 def decide(
     answers: Answers,  # of `read_answers`
     questions: Sequence[Question],  # all that are asked, because their number counts
@@ -728,8 +730,8 @@ def decide(
     """
     found = {question.name: ask(answers, question, matters, n) for question in questions}
     corrected = holm({name: one["p"] for name, one in found.items()})
-    # so many sequences must agree before any p can be small enough
-    least = 1 + math.ceil(math.log2(len(questions) / (1 - level)))
+    # so many sequences must agree before a p can be small enough
+    least = 1 + math.ceil(math.log2(1 / (1 - level)))
     rows = []
     for question in questions:
         one = found[question.name]
