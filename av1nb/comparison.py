@@ -458,11 +458,11 @@ def compare_systems(
         if late := sorted(needed - set(names[:place])):
             raise ValueError(f"{system.name} is measured by {late[0]}, which must stand before it.")
     run, content = from_root(run), content_of_groups(folder)
-    every = load_material(
-        folder, presets=plan["presets"], modes=plan["modes"], lines=plan["lines"]
-    )
+    every = load_material(folder, presets=plan["presets"], modes=plan["modes"], lines=plan["lines"])
     groups = {frame.name for frame in every}
-    divisions = draw_divisions({group: content[group] for group in groups}, plan["parts"], seed=plan["division_seed"])
+    divisions = draw_divisions(
+        {group: content[group] for group in groups}, plan["parts"], seed=plan["division_seed"]
+    )
     out = _made(run / "results")
     for number, seed in enumerate(seeds):
         assignment = divisions[number % len(divisions)]
@@ -478,9 +478,7 @@ def compare_systems(
                 sets["test"].split_hash,
             ):
                 told = _as_json(
-                    _run_system(
-                        system, place, dataset, sets, frames, seed, results, plan["device"]
-                    )
+                    _run_system(system, place, dataset, sets, frames, seed, results, plan["device"])
                 )
                 save_json(told, done)
             results[system.name] = told
@@ -670,10 +668,10 @@ def ask(
     matters: float = 0.02,  # a difference that would matter, for the power
     n: int = 5000,  # resampled test sets
 ) -> dict:
-    """Difference with its interval over sequences, error, p and sequences (`compare_answers`); mean,
-    seed_low, seed_high over the trainings (`seed_interval`), how many of them agree in direction;
-    mcnemar: p of that test, for accuracies without a margin; smallest difference that is found
-    with a power of 0.8, and sequences needed for one that matters.
+    """Difference with its interval over sequences, error, p and sequences (`compare_answers`);
+    mean, seed_low, seed_high over the trainings (`seed_interval`), how many of them agree in
+    direction; mcnemar: p of that test, for accuracies without a margin; smallest difference that
+    is found with a power of 0.8, and sequences needed for one that matters.
     """
     table = compared_blocks(answers, question)
     columns = [table[name].to_numpy() for name in ("true", "first", "second")]
