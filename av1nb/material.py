@@ -648,6 +648,32 @@ def _window(planes, size, rng):
     )
 
 
+def _cut_out(plan, folder, factor, rng):
+    "The window of its source that a plan names, reduced by a factor."
+    path = Path(folder) / plan.file
+    decoded = dict(decode_pictures(path, [plan.frame])).get(plan.frame)
+    if decoded is None:
+        raise ValueError(f"{path} has no frame {plan.frame}.")
+    planes = narrow_planes(decoded) if factor == 1 else reduced_planes(decoded, factor)
+    if any(have < want for have, want in zip(planes[0].shape, plan.size[::-1])):
+        raise ValueError(
+            f"{path} reduced by {factor} has {planes[0].shape[1]}×{planes[0].shape[0]}"
+            f" pixels; {plan.name} needs {plan.size[0]}×{plan.size[1]}."
+        )
+    return _window(planes, plan.size, rng)
+
+
+_STEPS = {  # name of a step → planes, its arguments, width and height, generator → planes
+    "screen": lambda planes, own, size, rng: screen(*size, rng),
+    "title": lambda planes, own, size, rng: title(*size, rng),
+    "recode": lambda planes, own, size, rng: recode(planes, *own),
+    "photon_noise": lambda planes, own, size, rng: photon_noise(planes, *own, rng),
+    "darker": lambda planes, own, size, rng: darker(planes, *own, rng),
+    "between_bars": lambda planes, own, size, rng: between_bars(planes, *own),
+    "faded": lambda planes, own, size, rng: faded(planes, *own),
+}
+
+
 def make_frame(
     plan: FramePlan,  # what to make
     folder: str | os.PathLike,  # of the sources
@@ -659,26 +685,9 @@ def make_frame(
     rng, planes = np.random.default_rng(plan.seed), ()
     for step, arguments in plan.steps:
         if step == "window":
-            path = Path(folder) / plan.file
-            decoded = dict(decode_pictures(path, [plan.frame])).get(plan.frame)
-            if decoded is None:
-                raise ValueError(f"{path} has no frame {plan.frame}.")
-            [factor] = arguments
-            planes = narrow_planes(decoded) if factor == 1 else reduced_planes(decoded, factor)
-            if any(have < want for have, want in zip(planes[0].shape, plan.size[::-1])):
-                raise ValueError(
-                    f"{path} reduced by {factor} has {planes[0].shape[1]}×{planes[0].shape[0]}"
-                    f" pixels; {plan.name} needs {plan.size[0]}×{plan.size[1]}."
-                )
-            planes = _window(planes, plan.size, rng)
-        elif step in ("screen", "title"):
-            planes = (screen if step == "screen" else title)(*plan.size, rng)
-        elif step == "recode":
-            planes = recode(planes, *arguments)
-        elif step in ("photon_noise", "darker"):
-            planes = (photon_noise if step == "photon_noise" else darker)(planes, *arguments, rng)
+            planes = _cut_out(plan, folder, *arguments, rng)
         else:
-            planes = (between_bars if step == "between_bars" else faded)(planes, *arguments)
+            planes = _STEPS[step](planes, arguments, plan.size, rng)
     return planes
 
 # %% ../nbs/22_material.ipynb #db13a9ae
@@ -819,6 +828,12 @@ class MaterialFrame:
     frames: tuple = (0,)  # numbers of the frames in `luma`
 
 
+def _trees(stored, number):
+    "Arrays of one encode of a frame: its tree, and those of the same frame one step on."
+    names = {what: f"{what}{number}" for what in ("nodes", "level", "preset")}
+    return {what: stored[name] for what, name in names.items() if name in stored}
+
+
 def _node_table(nodes, qindex):
     table = pd.DataFrame(nodes.astype(np.int64), columns=_COLUMNS)
     return table.assign(frame=0, qindex=qindex)
@@ -872,9 +887,8 @@ def load_material(
             own = {key: told[key] for key in ("qindex", "mode", "cpu_used", "superblock")}
             conditions = Conditions(**own, lines=min(luma.shape[1:]))
             trees = {
-                what: _node_table(arrays[f"{what}{number}"], told["qindex"])
-                for what in ("nodes", "level", "preset")
-                if f"{what}{number}" in arrays
+                what: _node_table(nodes, told["qindex"])
+                for what, nodes in _trees(arrays, number).items()
             }
             found.append(
                 MaterialFrame(
@@ -929,8 +943,7 @@ def _trees_of(entry, folder):
     "Arrays of the trees of one frame, in their order, and what was told of each."
     with np.load(Path(folder) / f"{entry['plan']['name']}.npz") as stored:
         for number, told in enumerate(entry["encodes"]):
-            names = (what for what in ("nodes", "level", "preset") if f"{what}{number}" in stored)
-            yield told, {what: stored[f"{what}{number}"] for what in names}
+            yield told, _trees(stored, number)
 
 
 def type_shares(
@@ -1000,8 +1013,8 @@ def material_card(
             "# Card of the material",
             (
                 f"{table['name'].nunique()} whole frames, {len(table)} encodes,"
-                f" {table.nodes_16.sum():,} coded nodes of 16×16. Frames whose own files end with"
-                " it carry the plan that made them."
+                f" {table.nodes_16.sum():,} coded nodes of 16×16. The JSON file"
+                " beside each frame holds the plan that made it."
             ),
             kinds,
             "## By material and split",
