@@ -54,7 +54,9 @@ Scheduler = Annotated[
 Width = Annotated[Optional[int], typer.Option(help="width of a .yuv video in pixels")]
 Height = Annotated[Optional[int], typer.Option(help="height of a .yuv video in pixels")]
 Bits = Annotated[int, typer.Option(help="bits a sample of a .yuv video, 8 to 16")]
-Preset = Annotated[int, typer.Option(min=0, max=6, help="cpu-used of the encoder")]
+Preset = Annotated[
+    int, typer.Option("--preset", "--cpu-used", min=0, max=6, help="cpu-used of the encoder")
+]
 Mode = Annotated[str, typer.Option(help="allintra, or good: key frames of its good quality mode")]
 Superblock = Annotated[
     int, typer.Option(help="side of the superblocks that the encoder will use, 64 or 128")
@@ -523,12 +525,8 @@ def evaluate(
     width: Width = None,
     height: Height = None,
     bits: Bits = 10,
-    cpu_used: Annotated[
-        int, typer.Option(min=0, max=6, help="of a folder: preset that its streams were made with")
-    ] = 1,
-    mode: Annotated[
-        str, typer.Option(help="of a folder: mode of its streams, allintra or good")
-    ] = "allintra",
+    cpu_used: Preset = 1,
+    mode: Mode = "allintra",
     repeat: Annotated[
         bool,
         typer.Option(
