@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PREPARATION', 'PIPELINE_NOTEBOOKS', 'PIPELINE', 'NOTEBOOKS', 'HEADLESS', 'DEMO', 'COMPARED', 'ASKED', 'SCORES',
            'MEASURES', 'COSTS', 'RESULT_FILES', 'OTHERS', 'StageNotebook', 'RunError', 'maker_of', 'RunDirectory',
-           'environment', 'code_hash', 'Whole', 'provenance', 'save_table', 'notebooks_folder', 'find_notebook',
-           'parameters_of', 'parameter_table', 'notebook_table', 'parse_parameters', 'stated_values', 'headless',
-           'run_notebook', 'is_done', 'run_notebooks', 'clear', 'trainings', 'summarise', 'format_table', 'shown_text',
-           'shown_outputs', 'publish_outputs', 'publish_pages', 'settings_for', 'read_result', 'find_results',
-           'over_models', 'differences', 'best_baselines', 'comparison_table', 'share_data', 'notebooks_of', 'compare',
+           'environment', 'code_hash', 'provenance', 'save_table', 'notebooks_folder', 'find_notebook', 'parameters_of',
+           'parameter_table', 'notebook_table', 'parse_parameters', 'stated_values', 'headless', 'run_notebook',
+           'is_done', 'run_notebooks', 'clear', 'trainings', 'summarise', 'format_table', 'shown_text', 'shown_outputs',
+           'publish_outputs', 'publish_pages', 'settings_for', 'read_result', 'find_results', 'over_models',
+           'differences', 'best_baselines', 'comparison_table', 'share_data', 'notebooks_of', 'compare',
            'run_benchmarks']
 
 # %% ../nbs/30_runs.ipynb #487177ed
@@ -319,7 +319,7 @@ def _commit():
     return head.stdout.strip() + (" with changes" if status.strip() else "")
 
 
-class Whole(pd.DataFrame):
+class _Whole(pd.DataFrame):
     "A table whose cells are shown whole: a hash that is cut off proves nothing."
 
     def _repr_html_(self):
@@ -334,13 +334,13 @@ class Whole(pd.DataFrame):
 def provenance(
     command: str,  # what repeats the record
     inputs: Iterable[str | os.PathLike],  # files that it read; a relative path begins at the root
-) -> Whole:  # one column, `value`
+) -> pd.DataFrame:  # one column, `value`
     """Where the numbers of a record come from: its command, the code, and the SHA-256 of each
     input. Raises `FileNotFoundError` for an input that is not there.
     """
     rows = {"command": command, "commit": _commit(), "code": code_hash()}
     rows |= {f"SHA-256 of {os.fspath(path)}": sha256_of_file(from_root(path)) for path in inputs}
-    return Whole(pd.Series(rows, name="value"))
+    return _Whole(pd.Series(rows, name="value"))
 
 # %% ../nbs/30_runs.ipynb #a1c0de05
 def save_table(

@@ -92,8 +92,9 @@ def test_stored_outputs_are_fit_to_be_shown(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_stored_pictures_are_small(path):
-    "No stored picture is over 300 kB."
+def test_a_notebook_is_valid_and_its_stored_pictures_are_small(path):
+    "By nbformat's schema, whose breach other tools complain of; no picture over 300 kB."
+    nbformat.validate(json.loads(path.read_text()))
     for number, cell in enumerate(nbformat.read(path, 4).cells):
         for output in cell.get("outputs", []):
             for kind, content in output.get("data", {}).items():
