@@ -201,7 +201,7 @@ def _answers(predictor, frame, confidence, places, cells):
     "Tree, probabilities and sets of one network, packed."
     if not isinstance(predictor, JointPredictor):
         raise ValueError(
-            "the view shows joint networks; a cascade answers only for 16×16 blocks, which"
+            "the view shows joint networks; a cascade answers only for blocks of one size, which"
             " av1nb evaluate --run-dir shows."
         )
     height, width = frame.luma.shape
