@@ -70,6 +70,7 @@ from av1nb.pictures import (
 from .streams import Frame, read_trees
 from av1nb.training import (
     TrainConfig,
+    evaluation_batch,
     fit,
     has_bf16,
     pick_device,
@@ -134,6 +135,12 @@ def tree_scores(
     return result
 
 # %% ../nbs/24_joint.ipynb #930402dd
+def _evaluated_together(model, val, config):
+    "Crops of a validation batch."
+    x, _, told, *_ = next(iter(TileBatches(val, 1)))
+    return evaluation_batch(model, (x, told), pick_device(config.device), config.batch_size)
+
+
 def train_joint(
     train: FrameSet,  # training frames; its `side` is that of the crops
     val: FrameSet,  # validation frames, the same side
@@ -147,7 +154,8 @@ def train_joint(
     progress: bool = True,  # show a progress bar
     power: float = 1.0,  # of the superblocks of a recording, see `CropBatches`
     detail: float = 0.0,  # share of crops drawn by their nodes of 16×16, see `CropBatches`
-    # crops of a validation batch, as many as memory holds; None: as many as of a training batch
+    # crops of a validation batch; None: on a CPU as many as of a training batch, on a GPU as many
+    # as half of the free memory holds
     val_batch_size: int | None = None,
     # of `JointModel`: flat, widths, depths, dropout, qindex, context, conditions, superblock
     **settings,
@@ -168,7 +176,7 @@ def train_joint(
     history = fit(
         model,
         CropBatches(train, config.batch_size, config.seed, symmetries, *process(), power, detail),
-        TileBatches(val, val_batch_size or config.batch_size),
+        TileBatches(val, val_batch_size or _evaluated_together(model, val, config)),
         objective or TreeLikelihood([1.0] * len(train.levels)),
         lambda logits, labels: tree_scores(logits, labels, train.side, train.levels),
         config,
@@ -214,6 +222,7 @@ class JointRecipe:
     depths: tuple[int, ...] = (0, 2, 1, 2)  # residual blocks there
     name: str = "joint"  # begins the names of checkpoints and reports
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:<n>"
+    capture: str = "off"  # "graph" or "compile": how a step is captured, see `TrainConfig`
     seed: int = 42  # of weights, crops and symmetries
     resume: bool = True  # continue an interrupted training of the same settings
 
@@ -224,7 +233,7 @@ class JointRecipe:
 
 def _config_of(recipe):
     "Settings of the training that a recipe asks for."
-    names = ("epochs", "batch_size", "weight_decay", "seed", "resume")
+    names = ("epochs", "batch_size", "weight_decay", "capture", "seed", "resume")
     own = {name: getattr(recipe, name) for name in names}
     return joint_config(recipe.device, lr_head=recipe.lr, lr_backbone=recipe.lr, **own)
 

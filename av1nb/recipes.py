@@ -24,6 +24,7 @@ from av1nb.datasets import (
     read_block_sets,
     read_stage3,
     stage_subset,
+    to_float,
 )
 from .files import sha256_of_file
 from av1nb.heads import (
@@ -58,7 +59,15 @@ from av1nb.metrics import (
     verdict,
 )
 from .partitions import SYMMETRIES, Hierarchy
-from .training import History, TrainConfig, fit, pick_device, save_stage, set_seed
+from av1nb.training import (
+    History,
+    TrainConfig,
+    evaluation_batch,
+    fit,
+    pick_device,
+    save_stage,
+    set_seed,
+)
 
 # %% ../nbs/26_recipes.ipynb #cf1ecf09
 LOSSES = (
@@ -316,7 +325,7 @@ def make_augmentation(
     """Augmentation of the training batches: symmetries with their labels, noise, then at most one
     kind of mixing.
     """
-    steps = []
+    hierarchy, steps = find_hierarchy(hierarchy), []
     if len(recipe.symmetries) > 1:
         steps.append(Symmetry(hierarchy, stage, recipe.symmetries))
     if recipe.noise:
@@ -389,11 +398,16 @@ def train_config(
     device: str = "auto",  # "auto", "cpu" or "cuda"
     seed: int = 42,  # of everything random in the training
     resume: bool = True,  # continue an interrupted training of the same settings
+    capture: str = "off",  # "graph" or "compile": how a step is captured, see `TrainConfig`
 ) -> TrainConfig:
     "What the engine is told of a recipe. Raises `ValueError` for a value out of range."
     names = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(Recipe)}
     return TrainConfig(
-        **{name: getattr(recipe, name) for name in names}, device=device, seed=seed, resume=resume
+        **{name: getattr(recipe, name) for name in names},
+        device=device,
+        seed=seed,
+        resume=resume,
+        capture=capture,
     )
 
 # %% ../nbs/26_recipes.ipynb #66d9db15
@@ -430,6 +444,13 @@ def starting_network(
     return model
 
 
+def _validation_batches(model, blocks, labels, recipe, settings):
+    "Batches as large as the device evaluates at once."
+    shown = to_float(blocks.samples[:2]), *([blocks.qindex[:2]] if recipe.qindex else [])
+    many = evaluation_batch(model, shown, settings["device"], max(recipe.batch_size, 512))
+    return Batches(blocks, labels, many, **settings)
+
+
 def require_every_class(
     stage: str,  # for the message
     names: Sequence[str],  # of its classes
@@ -461,6 +482,7 @@ def train_stage(
     seed: int = 42,  # of weights, batches and augmentation; a member adds its number
     resume: bool = True,  # continue an interrupted training of the same settings
     progress: bool = True,  # show a progress bar
+    capture: str = "off",  # "graph" or "compile": how a step is captured, see `TrainConfig`
     # a loss of one's own: objective(recipe, counts, model, hierarchy) → `losses.Objective`
     objective: Callable | None = None,
     # augmentation of one's own: augmentation(recipe, hierarchy, stage) → augment(x, y, generator)
@@ -488,7 +510,7 @@ def train_stage(
         augment=augment,
         **settings,
     )
-    val = Batches(val_blocks, val_labels, max(recipe.batch_size, 512), **settings)
+    val = _validation_batches(model, val_blocks, val_labels, recipe, settings)
     prefix = checkpoint_prefix(hierarchy, stage) + (f"_{member}" if member else "")
     provenance = model.identity() | {
         "split_hash": blocks.split_hash,
@@ -508,7 +530,7 @@ def train_stage(
         val,
         (objective or make_objective)(recipe, counts, model, hierarchy),
         Score(model.class_names),
-        train_config(recipe, device, seed, resume),
+        train_config(recipe, device, seed, resume, capture),
         models,
         prefix,
         provenance,
@@ -526,7 +548,8 @@ def train_members(
     # folder of data sets, where the members' bootstrap samples are
     dataset: str | Path | None = None,
     vote: str = "majority",  # of several members: "majority", "soft" or "weighted"
-    **settings,  # of `train_stage`: start, pretrained, device, seed, resume, progress
+    # of `train_stage`: start, pretrained, device, seed, resume, progress, capture
+    **settings,
 ) -> tuple[StageModel | Ensemble, list[History]]:
     "Train all networks of a stage: one, or members that vote, each on its own bootstrap sample."
     networks, histories = [], []

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
 import pandas as pd
 
@@ -155,6 +154,8 @@ def write_sample(
             "Each picture needs a name of its own:"
             f" {sorted(n for n in names if names.count(n) > 1)[0]!r} is there twice."
         )
+    import imagecodecs  # only where samples are coded: training needs five packages
+
     contents, entries = {}, []
     for p in sorted(pictures, key=lambda p: p.name):
         _require_shippable(p)
@@ -244,6 +245,8 @@ def _read_checked(folder, manifest, name):
 
 
 def _read_luma(folder, manifest, entry):
+    import imagecodecs
+
     data = _read_checked(folder, manifest, entry["luma"])
     frames, height, width = (entry[k] for k in ("frames", "height", "width"))
     luma = np.empty((frames * height, width), np.uint16)

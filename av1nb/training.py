@@ -7,9 +7,9 @@ __all__ = ['PROVENANCE', 'TRAINING_FILES', 'TrainingError', 'TrainConfig', 'proc
            'set_seed', 'rng_state', 'set_rng_state', 'save_torch', 'open_groups', 'parameter_groups', 'modules_of',
            'train_mode', 'make_scheduler', 'History', 'should_stop', 'not_finite', 'memory_explained',
            'interruption_explained', 'NoBar', 'is_watched', 'progress_bar', 'SharedBatchNorm', 'Processes', 'leave',
-           'average_weight', 'RunningAverage', 'Waits', 'timed_batches', 'record_cuda_graph', 'Recorded',
-           'TrainingState', 'KeptState', 'TrainingStep', 'Readings', 'Trainer', 'gradient_cosines',
-           'complete_provenance', 'checkpoint', 'save_stage', 'refuse_difference', 'fit']
+           'average_weight', 'RunningAverage', 'Waits', 'timed_batches', 'bytes_of_sample', 'evaluation_batch',
+           'record_cuda_graph', 'Recorded', 'TrainingState', 'KeptState', 'TrainingStep', 'Readings', 'Trainer',
+           'gradient_cosines', 'complete_provenance', 'checkpoint', 'save_stage', 'refuse_difference', 'fit']
 
 # %% ../nbs/15_training.ipynb #f18b5819
 import io
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from itertools import chain
@@ -32,6 +33,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import __version__
 from .augment import MixedLabels
@@ -880,6 +882,50 @@ def timed_batches(
             " be exact."
         )
 
+# %% ../nbs/15_training.ipynb #5c41e0a2
+class _Bytes(TorchDispatchMode):
+    "Adds up the size of every tensor that an operation makes."
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        several = made if isinstance(made, (tuple, list)) else [made]
+        self.total += sum(part.nbytes for part in several if torch.is_tensor(part))
+        return made
+
+
+def bytes_of_sample(
+    model: nn.Module,  # stays as it is
+    *inputs: torch.Tensor,  # of the model, [B, …] each; their values do not matter
+) -> int:
+    "Upper bound of the memory that a sample takes in evaluation: of all intermediate results."
+    copy = deepcopy(model).to("meta").eval()
+    with torch.inference_mode(), values_checked(), _Bytes() as counted:
+        copy(*(part.to("meta") for part in inputs))
+    return -(-counted.total // len(inputs[0]))
+
+
+def evaluation_batch(
+    model: nn.Module,  # that is evaluated
+    # of the model, [B, …] each; their values do not matter
+    inputs: Sequence[torch.Tensor],
+    device: torch.device,  # where it is evaluated
+    least: int = 512,  # samples on a CPU, and on a GPU at least
+    most: int = 65536,  # samples at most
+    free: int | None = None,  # bytes; None: what the GPU says
+) -> int:
+    "Samples in a batch of an evaluation: a power of two times `least`."
+    if device.type == "cpu" and free is None:
+        return least
+    free = torch.cuda.mem_get_info(device)[0] if free is None else free
+    count, each = least, bytes_of_sample(model, *inputs)
+    while 2 * count <= most and 2 * count * each <= free // 2:
+        count *= 2
+    return count
+
 # %% ../nbs/15_training.ipynb #c2eef0ad
 def _require_batches(train, val, config, world):
     "`ValueError` where batches, settings and the number of processes disagree."
@@ -1439,7 +1485,8 @@ def _identity(trainer, provenance):
         **provenance,
         "device": trainer.device.type,
         "training batches": len(trainer.train),
-        "validation batches": len(trainer.val),
+        # those of a GPU are as large as its memory allows
+        **({"validation batches": len(trainer.val)} if trainer.device.type == "cpu" else {}),
     }
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from av1nb import augment, datasets, frames, heads, losses, training
-from av1nb.partitions import V6, random_tree
+from av1nb import augment, datasets, frames, heads, joint, losses, recipes, training
+from av1nb.partitions import LARGE_LEVELS, LEVELS, V6, random_tree
 
 # operations whose result is a number for the program, or a tensor whose shape depends on values
 WAITS = {
@@ -130,6 +130,31 @@ def test_a_step_of_a_stage(silent, criterion):
     assert len(found) == 6 and torch.stack(found).isfinite().all()
 
 
+@pytest.mark.parametrize("stage", V6.stage_names)
+def test_a_step_of_a_recipe_of_v6(silent, stage):
+    "Sampler, symmetries, noise, mixing, loss and centres as the recipes of the stages have them."
+    training.set_seed(1)
+    recipe = recipes.recipe_for("v6", stage, batch_size=8)
+    model = heads.build_model("v6", stage, recipe.architecture, recipe.head)
+    labels = torch.arange(24) % len(model.class_names)
+    samples = torch.from_numpy(
+        np.random.default_rng(1).integers(0, 1024, (24, 1, 16, 16), np.uint16)
+    )
+    sampler = datasets.BalancedSampler(labels) if recipe.balanced else None
+    batches = datasets.Batches(
+        samples,
+        labels,
+        8,
+        sampler,
+        shuffle=sampler is None,
+        augment=recipes.make_augmentation(recipe, "v6", stage),
+    )
+    objective = recipes.make_objective(recipe, torch.bincount(labels), model)
+    config = recipes.train_config(recipe, "cpu")
+    found = steps_of(training.Trainer(model, batches, batches, objective, None, config), silent)
+    assert len(found) == 6 and torch.stack(found).isfinite().all()
+
+
 class Chooses(losses.TreeLikelihood):
     "Chooses nodes by a mask, as one would write it."
 
@@ -179,3 +204,98 @@ def test_when_the_numbers_are_read_changes_nothing(read_every):
         found.append((row["train_loss"], [*trainer.model.parameters(), *trainer.kept.buffers()]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+
+
+class Poisoned:
+    "Batches of which one is not a number."
+
+    def __init__(self, batches, number):
+        self.batches, self.number, self.batch_size = batches, number, batches.batch_size
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for number, (x, *rest) in enumerate(self.batches, 1):
+            yield (x * float("nan") if number == self.number else x, *rest)
+
+    def set_epoch(self, epoch):
+        self.batches.set_epoch(epoch)
+
+
+@pytest.mark.parametrize("read_every", [1, 3, 100])
+def test_a_bad_batch_is_named_at_the_next_reading(read_every):
+    "Nothing of it or of what came after is in the weights: they are those of the last good step."
+    trainer = joint_trainer(losses.TreeLikelihood(), False, read_every=read_every)
+    assert len(trainer.train) == 4
+    trainer.train = Poisoned(trainer.train, 3)
+    with pytest.raises(training.TrainingError, match="loss is not finite in epoch 1, batch 3"):
+        trainer.train_epoch(1, training.NoBar())
+    good = joint_trainer(losses.TreeLikelihood(), False)
+    training._begin_epoch(good, 1)
+    for number, batch in enumerate(good.train, 1):
+        if number < 3:
+            good.step(list(batch))
+    pairs = zip(trainer.model.parameters(), good.model.parameters())
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_training_goes_on_from_the_last_good_epoch(tmp_path):
+    "Stopped by a bad batch in its second epoch, it ends as if that batch had never been bad."
+    found = []
+    for number in (None, 2):
+        trainer = joint_trainer(losses.TreeLikelihood(), False)
+        config = joint.joint_config("cpu", epochs=2, batch_size=2, amp=False, read_every=100)
+        parts = (trainer.val, losses.TreeLikelihood(), lambda *_: {"nll": 1.0}, config)
+        settings = dict(provenance={"split_hash": "none"}, progress=False)
+        settings["layer_groups"] = lambda backbone: [backbone]
+        out = tmp_path / str(number)
+
+        class Second(Poisoned):
+            def set_epoch(self, epoch):
+                self.number = number if epoch == 2 else None
+                self.batches.set_epoch(epoch)
+
+        if number:
+            with pytest.raises(training.TrainingError, match="epoch 2, batch 2"):
+                training.fit(trainer.model, Second(trainer.train, None), *parts, out, **settings)
+            trainer = joint_trainer(losses.TreeLikelihood(), False)
+        history = training.fit(trainer.model, trainer.train, *parts, out, **settings)
+        found.append((history.frame(times=False), trainer.model.state_dict()))
+    (rows, weights), (again, same) = found
+    assert rows.equals(again) and all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+@pytest.mark.parametrize("stage", ["run", "material"])
+def test_frames_lie_where_the_training_is(stage, monkeypatch, tmp_path):
+    class Made(Exception):
+        pass
+
+    def made(pictures, side, device, **settings):
+        raise Made(device)
+
+    place = torch.device("meta")
+    monkeypatch.setattr(joint, "pick_device", lambda name: place)
+    monkeypatch.setattr(joint, "FrameSet", made)
+    monkeypatch.setattr(
+        joint, "read_run", lambda _: ({"test": None}, dict.fromkeys(("train", "val")))
+    )
+    from av1nb import material
+
+    monkeypatch.setattr(material, "load_material", lambda *_: [])
+    with pytest.raises(Made) as where:
+        if stage == "run":
+            joint.train_run(tmp_path)
+        else:
+            joint.train_material(tmp_path, tmp_path)
+    assert where.value.args == (place,)
+
+
+@pytest.mark.parametrize("levels", [LEVELS, LARGE_LEVELS])
+def test_memory_of_an_evaluation_is_known_without_a_device(levels):
+    side = levels[0]
+    model = heads.JointModel(superblock=side, conditions=side == 128)
+    told = torch.zeros(2, 5) if side == 128 else torch.zeros(2, dtype=torch.int64)
+    each = training.bytes_of_sample(model, torch.zeros(2, 1, 2 * side, 2 * side), told)
+    # at least the planes of the first layers, at most what a GPU has plenty of
+    assert 4 * 24 * (side // 2) ** 2 < each < 200 * 2**20
