@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -532,11 +533,9 @@ class JointPredictor:
         check_frame(luma)
         told = self._told(qindex, luma)
         backbone, head = self._model(told)
-        x = (
-            torch.from_numpy(pad_frame(luma, block=self.levels[0]).astype(np.float32))
-            .to(self.device)
-            .div_(1023)[None, None]
-        )
+        # half the bytes of floats travel
+        sent = torch.from_numpy(pad_frame(luma, block=self.levels[0]).view(np.int16))
+        x = sent.to(self.device).float().div_(1023)[None, None]
         q = torch.tensor([told], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out = head(backbone(x, q))[0]
@@ -574,6 +573,22 @@ class JointPredictor:
         }
         return self._cut(grids, qindex, luma.shape)
 
+    def _probabilities(self, luma, qindex):
+        "Probabilities [10, cells] on the device, and places as of `_cells`."
+        if isinstance(luma, np.ndarray) and luma.dtype == np.uint8 and luma.ndim == 2:
+            warnings.warn(
+                "the frame has 8-bit samples; they are multiplied by 4 to the 10-bit scale that the"
+                " network was trained on",
+                stacklevel=3,
+            )
+            luma = luma.astype(np.uint16) << 2
+        out, places = self._cells(luma, qindex)
+        self._warm.add((*luma.shape[::-1], qindex))
+        legal, outside = self._legal(*luma.shape[::-1], qindex)
+        # one plane a logit, all levels in one pass
+        planes = out.t().to(torch.float32, memory_format=torch.contiguous_format)
+        return type_log_probabilities(planes, legal, 0).exp_().masked_fill_(outside, 0), places
+
     @torch.inference_mode()
     def maps(
         self,
@@ -589,24 +604,39 @@ class JointPredictor:
 
         Raises `ValueError` for what is no 10-bit frame and for a qindex outside 0–255.
         """
-        if isinstance(luma, np.ndarray) and luma.dtype == np.uint8 and luma.ndim == 2:
-            warnings.warn(
-                "the frame has 8-bit samples; they are multiplied by 4 to the 10-bit scale that the"
-                " network was trained on",
-                stacklevel=2,
-            )
-            luma = luma.astype(np.uint16) << 2
-        out, places = self._cells(luma, qindex)
-        self._warm.add((*luma.shape[::-1], qindex))
-        legal, outside = self._legal(*luma.shape[::-1], qindex)
-        # one plane a logit, all levels in one pass
-        planes = out.t().to(torch.float32, memory_format=torch.contiguous_format)
-        p = type_log_probabilities(planes, legal, 0).exp_().masked_fill_(outside, 0).cpu()
+        p, places = self._probabilities(luma, qindex)
+        p = p.cpu()
         grids = {
             size: p[:, cells].t().contiguous().reshape(rows, columns, 10).numpy()
             for size, (cells, rows, columns) in places.items()
         }
         return self._cut(grids, qindex, luma.shape)
+
+    @torch.inference_mode()
+    def tree(
+        self,
+        luma: np.ndarray,  # as `maps` takes it
+        qindex: int | Conditions,  # as `maps` takes it
+    ) -> pd.DataFrame:  # node table, as `decode_tree` gives it
+        """The greedy tree: what `decode_tree` makes of `maps`, with the most probable types found
+        on the device, so that one number of each node comes back and not ten.
+
+        Raises as `maps` does.
+        """
+        p, places = self._probabilities(luma, qindex)
+        top, types = p.max(0)
+        found = types.to(torch.int8).cpu().numpy().astype(np.int64), top.cpu().numpy()
+        types, top = (
+            self._cut(
+                {size: part[at].reshape(rows, cols) for size, (at, rows, cols) in places.items()},
+                qindex,
+                luma.shape,
+            )
+            for part in found
+        )
+        best = {size: (types[size], top[size]) for size in types}
+        told = qindex.qindex if isinstance(qindex, Conditions) else qindex
+        return _greedy(best, *luma.shape[::-1], told)
 
     def warm_up(
         self,
@@ -625,6 +655,30 @@ class JointPredictor:
         return time.process_time() - started
 
 # %% ../nbs/24_joint.ipynb #aca39f21
+@lru_cache(maxsize=32)
+def _inside(size, width, height):
+    "Which nodes of one size begin inside a frame, bool [rows, columns]; do not write to it."
+    return legal_grid(size, width, height).any(2)
+
+
+def _greedy(best, width, height, qindex):
+    "The node table of size → (most probable types, their probabilities), both [rows, columns]."
+    parts, active = [], None
+    for size, (types, probability) in best.items():
+        inside = _inside(size, width, height)
+        active = (
+            inside
+            if active is None
+            else inside & active.repeat(2, 0).repeat(2, 1)[: types.shape[0], : types.shape[1]]
+        )
+        row, col = np.nonzero(active)
+        places = dict(size=size, row=row * size, col=col * size, type=types[active])
+        places |= dict(qindex=qindex, probability=probability[active])
+        parts.append(pd.DataFrame(places))
+        active = active & (types == PartitionType.SPLIT)
+    return pd.concat(parts, ignore_index=True)
+
+
 def decode_tree(
     maps: Mapping,  # of `JointPredictor.maps`
     width: int,  # frame width in pixels
@@ -633,30 +687,8 @@ def decode_tree(
     # node table: size, row, col, type, qindex, probability (of that type at that node)
 ) -> pd.DataFrame:
     "The greedy tree: the most probable legal type at every node, top-down."
-    parts, active = [], None
-    for size, p in maps.items():
-        inside = legal_grid(size, width, height).any(2)
-        active = (
-            inside
-            if active is None
-            else inside & active.repeat(2, 0).repeat(2, 1)[: p.shape[0], : p.shape[1]]
-        )
-        types = p.argmax(2)
-        row, col = np.nonzero(active)
-        parts.append(
-            pd.DataFrame(
-                dict(
-                    size=size,
-                    row=row * size,
-                    col=col * size,
-                    type=types[active],
-                    qindex=qindex,
-                    probability=p.max(2)[active],
-                )
-            )
-        )
-        active = active & (types == PartitionType.SPLIT)
-    return pd.concat(parts, ignore_index=True)
+    best = {size: (p.argmax(2), p.max(2)) for size, p in maps.items()}
+    return _greedy(best, width, height, qindex)
 
 
 def type_sets(

@@ -1098,7 +1098,10 @@ class TrainingState:
         self.processes = Processes(self.device) if world > 1 else None
         # the process that validates and writes
         self.main = self.processes is None or self.processes.rank == 0
-        self.model, self.objective = model.to(self.device), objective
+        # the kernels of a GPU's matrix units want the channels of a pixel side by side
+        layout = torch.preserve_format if self.device.type == "cpu" else torch.channels_last
+        self.model = model.to(self.device, memory_format=layout)
+        self.objective = objective
         if isinstance(objective, nn.Module):
             objective.to(self.device)
         # shown: scores of the last epoch, for the progress bar
