@@ -901,7 +901,7 @@ def bytes_of_sample(
     model: nn.Module,  # stays as it is
     *inputs: torch.Tensor,  # of the model, [B, …] each; their values do not matter
 ) -> int:
-    "Upper bound of the memory that a sample takes in evaluation: of all intermediate results."
+    "Upper bound of the memory that a sample takes in evaluation: with all intermediate results."
     copy = deepcopy(model).to("meta").eval()
     with torch.inference_mode(), values_checked(), _Bytes() as counted:
         copy(*(part.to("meta") for part in inputs))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,8 +17,11 @@ from conftest import av1nb
 from joblib import delayed
 from PIL import Image
 
-from av1nb import corpus, jobs
+from av1nb import corpus, jobs, steering
+from av1nb.costs import SearchLog
 from av1nb.encoding import synthetic_picture
+from av1nb.libaom import LibaomError
+from av1nb.masks import MaskPolicy, masks_from_nodes
 from test_imports import in_new_process
 
 FAST = dict(qindexes=(128, 220), cpu_used=6, crop=64, crops=2)
@@ -109,6 +113,85 @@ def test_a_corpus_is_the_same_although_a_worker_dies(scheduler, sources, alone, 
     corpus.build_corpus(sources, tmp_path / "corpus", scheduler=scheduler, **FAST)
     murder.join()
     assert killed and contents(tmp_path / "corpus") == contents(alone)
+
+
+@pytest.fixture(scope="module")
+def hook():
+    try:
+        return steering.load_encoder()
+    except LibaomError as error:
+        pytest.skip(str(error))
+
+
+def planes_of(seed):
+    return [
+        tuple(
+            p[: 64 // k, : 64 // k] for p, k in zip(synthetic_picture(64, 64, seed=seed), (1, 2, 2))
+        )
+    ]
+
+
+def own_tree(luma, qindex, stock):
+    return masks_from_nodes(stock().nodes, *luma[0].shape[::-1]), 0.0
+
+
+def deadly(flag, luma, qindex, stock):
+    "The stock encoder's own tree; the process dies where nobody has died before."
+    if not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return own_tree(luma, qindex, stock)
+
+
+def test_the_closed_loop_is_the_same_although_a_worker_dies(hook, scheduler, tmp_path):
+    "Stock, an oracle and a network's masks: the bytes of every encode, each job once."
+    policy, weights = MaskPolicy({64: 0.5, 32: 0.5, 16: 0.5, 8: 0.5}), steering.shipped_weights()
+    follow, flag = partial(steering.follow_network, str(weights), policy), tmp_path / "died"
+
+    def work(oracle):
+        plan = [(None, 5), (oracle, 5), (follow, 5)]
+        return {
+            f"picture {seed} at {level}": delayed(steering.measure_conditions)(
+                planes_of(seed), plan, level
+            )
+            for seed in (0, 1)
+            for level in (32, 55)
+        }
+
+    alone = dict(jobs.run_jobs(work(own_tree), jobs=1))
+    where = dict(scheduler=scheduler, same=steering.HOOK, reads=[weights], writes=[tmp_path])
+    ended = list(jobs.run_jobs(work(partial(deadly, flag)), **where))
+    assert flag.exists() and sorted(name for name, _ in ended) == sorted(alone)
+    same = ("bytes", "psnr", "ssim", "retried")
+    for name, encodes in ended:
+        pairs = list(zip(encodes, alone[name], strict=True))
+        assert all(one[kind] == other[kind] for one, other in pairs for kind in same), name
+
+
+def recorded(seed, out, flag):
+    "Costs of a picture, once somebody has died while recording some."
+    if seed == 1 and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return steering.record_costs(planes_of(seed), out / f"p{seed}", (128, 220), cpu_used=5)
+
+
+def test_costs_are_the_same_although_a_worker_dies(hook, scheduler, tmp_path):
+    flag, logs = tmp_path / "died", {}
+    for name, where in (("cluster", dict(scheduler=scheduler)), ("alone", dict(jobs=1))):
+        out = tmp_path / name
+        out.mkdir()
+        tasks = {f"p{seed}": delayed(recorded)(seed, out, flag) for seed in (0, 1)}
+        done = dict(jobs.run_jobs(tasks, same=steering.HOOK, writes=[out], **where))
+        assert flag.exists() and done.keys() == tasks.keys()
+        logs[name] = {
+            str(path.relative_to(out)): SearchLog.load(path) for path in sorted(out.rglob("*.npz"))
+        }
+        assert not [p for p in out.rglob("*") if p.is_file() and p.suffix != ".npz"]
+    assert logs["cluster"].keys() == logs["alone"].keys() and len(logs["alone"]) == 4
+    for name, log in logs["alone"].items():
+        assert log.nodes.equals(logs["cluster"][name].nodes)
+        np.testing.assert_array_equal(log.costs, logs["cluster"][name].costs)
 
 
 def test_a_job_that_kills_every_worker_ends_the_run(scheduler):
