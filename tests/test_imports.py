@@ -1,5 +1,6 @@
 """What is imported when: training and inference need five packages, and help needs none of them."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -146,6 +147,45 @@ def test_training_and_prediction_need_five_packages():
     assert "epochs 1 1 predicted 64" in said
     assert "no progress bar, because tqdm is not installed" in said
     assert warned.count("blocks are cut by numpy") == 1
+
+
+def test_a_bare_machine_measures_and_trains_from_an_archive(tmp_path):
+    "An archive that is written here is all that a machine with five packages needs beside av1nb."
+    from av1nb import device, material
+
+    quick = dict(mode="allintra", cpu_used=6, superblock=0, qindex=100)
+    drawn = [plan for plan in material.plan_frames([], drawings=24) if plan.material == "screen"]
+    plans = [
+        dataclasses.replace(
+            next(plan for plan in drawn if plan.split == split), size=(256, 192), encodes=(quick,)
+        )
+        for split in ("train", "val", "test")
+    ]
+    material.build_material(plans, tmp_path, tmp_path / "set", jobs=1)
+    device.write_archive(tmp_path / "set", tmp_path / "frames.tar")
+    said, _ = in_new_process(
+        f"""
+        import json, os
+        from unittest.mock import patch
+        from av1nb import device
+
+        os.chdir({str(tmp_path)!r})
+        tiny = dict(widths=(16, 16, 16, 16), depths=(0, 1, 1, 1))
+        with patch.dict(device.NETWORKS, dict.fromkeys(device.NETWORKS, tiny)):
+            device.main(["measure", "frames.tar", "out", "--device", "cpu", "--seconds", "3000"])
+        result = json.load(open("out/device.json"))
+        assert result["joint"] and result["stage 1"] and len(result["inference"]) == 6
+        assert {{row["what"] for row in result["goals"]}} >= {{"tree of a frame: ms"}}
+        words = ["train", "frames.tar", "trained", "--device", "cpu", "--minutes", "0"]
+        with patch.dict(device.MATERIAL, tiny):
+            device.main([*words, "--epochs", "1"])
+        first, *others = json.load(open("trained/trainings.json"))["trainings"]
+        assert first["training"] == "joint" and first["epochs"] == 1
+        assert len(others) == 4 and all("left out" in row for row in others)
+        """,
+        ABSENT,
+    )
+    assert "# cpu" in said and "Matrix rate" in said
 
 
 def test_help_loads_nothing_that_a_command_needs():
