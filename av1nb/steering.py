@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HOOK_VERSION', 'RELEASE', 'HOOK', 'encoder_cache', 'find_encoder', 'load_encoder', 'luma_quality', 'MaskedResult',
            'encode_masked', 'search_costs', 'record_costs', 'label_stability', 'shipped_policies', 'shipped_weights',
-           'save_policies', 'policy_for', 'tuned_with', 'predict_masks', 'encode_predicted', 'measure_conditions',
-           'follow_network', 'measure_encodes']
+           'save_policies', 'policy_for', 'tuned_with', 'BlockLook', 'block_look', 'why_aside', 'predict_masks',
+           'encode_predicted', 'measure_conditions', 'follow_network', 'measure_encodes']
 
 # %% ../nbs/29_steering.ipynb #ae44d329
 import ctypes
@@ -528,22 +528,80 @@ def tuned_with(
         raise ValueError(f"{path}: 'libaom' is {release!r}; it must be the name of a release.")
     return release
 
+# %% ../nbs/29_steering.ipynb #7d1e0c52
+_RANGE, _GAP = 32, 3  # of a drawn block: codes from darkest to brightest, at least so many a value
+
+
+@dataclass(frozen=True)
+class BlockLook:
+    "How the blocks of 16×16 of a frame look, by their values of luma in 8 bits."
+
+    flat: float  # share of the whole blocks with one value
+    faint: float  # share with two to four values, the ones that libaom counts
+    drawn: float  # of those that are not flat, share with few values in a wide range
+
+
+def block_look(
+    luma: np.ndarray,  # one frame, unsigned integers [H, W], at least 16×16
+    bits: int = 10,  # bit depth of the samples
+) -> BlockLook:
+    "Count values in the whole blocks of a frame. A frame without one has all shares 0."
+    height, width = luma.shape
+    rows, cols = height // 16, width // 16
+    whole = (luma[: 16 * rows, : 16 * cols] >> bits - 8).astype(np.uint8)
+    blocks = whole.reshape(rows, 16, cols, 16).swapaxes(1, 2).reshape(rows * cols, 256)
+    seen = np.zeros((rows * cols, 256), bool)  # block, value
+    seen[np.arange(rows * cols)[:, None], blocks] = True
+    values = seen.sum(1)
+    spread = 255 - seen[:, ::-1].argmax(1) - seen.argmax(1)  # from the lowest to the highest
+    drawn = (spread >= _RANGE) & (spread >= _GAP * values)
+    share = lambda chosen, among: float(chosen.sum() / max(among, 1))
+    live = values > 1
+    return BlockLook(
+        flat=share(~live, len(values)),
+        faint=share(live & (values <= 4), len(values)),
+        drawn=share(drawn, live.sum()),
+    )
+
+# %% ../nbs/29_steering.ipynb #7d1e0c54
+_DRAWN, _EMPTY = 0.3, 0.9  # shares above which masks do not pay, measured in benchmarks/content
+
+
+def why_aside(
+    luma: np.ndarray,  # one frame, unsigned integers [H, W]
+    bits: int = 10,  # bit depth of the samples
+) -> str:  # why masks would not pay for this frame; empty where they may
+    "Whether a frame is better coded without masks, by a look at its blocks (`block_look`)."
+    look = block_look(luma, bits)
+    if look.drawn > _DRAWN:
+        return f"drawings or text in {look.drawn:.0%} of its blocks that are not flat"
+    if (empty := look.flat + look.faint) > _EMPTY:
+        return f"{empty:.0%} of its blocks are empty"
+    return ""
+
 # %% ../nbs/29_steering.ipynb #079c1efd
 def predict_masks(
     predictor: JointPredictor,  # the joint network
     luma: Sequence[np.ndarray],  # frames of one size, uint16 [H, W], 10 bits
     qindex: int,  # quantiser that the encoder will use
     policy: MaskPolicy,  # thresholds
+    aside: bool = True,  # no masks for frames for which they do not pay, see `why_aside`
     # masks of all frames; CPU seconds that they took over all threads, with a predictor that is
     # ready for this size and quantiser
 ) -> tuple[MaskTable, float]:
     "Masks for a film. Raises as `JointPredictor.maps` and `masks_from_probabilities` do."
     height, width = np.shape(luma[0])
+    started = time.process_time()
+    paying = [n for n, frame in enumerate(luma) if not (aside and why_aside(frame))]
+    table, looked = MaskTable.empty(len(luma), width, height), time.process_time() - started
+    if not paying:
+        return table, looked
     predictor.warm_up(width, height, qindex)
     started = time.process_time()
-    probabilities = [predictor.maps(frame, qindex) for frame in luma]
-    table = masks_from_probabilities(probabilities, policy, width, height, qindex)
-    return table, time.process_time() - started
+    probabilities = [predictor.maps(luma[n], qindex) for n in paying]
+    found = masks_from_probabilities(probabilities, policy, width, height, qindex)
+    table.bits[paying] = found.bits
+    return table, looked + time.process_time() - started
 
 # %% ../nbs/29_steering.ipynb #ea63e87f
 def encode_predicted(
