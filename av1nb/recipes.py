@@ -500,16 +500,8 @@ def train_stage(
     sampler = BalancedSampler(labels, seed=seed) if recipe.balanced else None
     augment = (augmentation or make_augmentation)(recipe, hierarchy, stage)
     settings = dict(device=pick_device(device), qindex=recipe.qindex)
-    train = Batches(
-        blocks,
-        labels,
-        recipe.batch_size,
-        sampler,
-        shuffle=sampler is None,
-        seed=seed,
-        augment=augment,
-        **settings,
-    )
+    order = sampler, sampler is None, seed
+    train = Batches(blocks, labels, recipe.batch_size, *order, augment, **settings)
     val = _validation_batches(model, val_blocks, val_labels, recipe, settings)
     prefix = checkpoint_prefix(hierarchy, stage) + (f"_{member}" if member else "")
     provenance = model.identity() | {
