@@ -661,23 +661,23 @@ def compared_blocks(
         here &= ~answers.blocks["true"].isin(GROUPS["1TO4"]).to_numpy()
     return table[here]
 
-# %% ../nbs/36_comparison.ipynb #55d680bf
+# %% ../nbs/36_comparison.ipynb #cc1a4f5e
 def ask(
     answers: Answers,  # of `read_answers`
     question: Question,  # names both systems
     matters: float = 0.02,  # a difference that would matter, for the power
     n: int = 5000,  # resampled test sets
 ) -> dict:
-    """Difference with its interval over sequences, error, p and sequences (`compare_answers`);
-    mean, seed_low, seed_high over the trainings (`seed_interval`), how many of them agree in
-    direction; mcnemar: p of that test, for accuracies without a margin; smallest difference that
-    is found with a power of 0.8, and sequences needed for one that matters.
+    """Difference, mean over the trainings, with its interval over sequences, error, p and sequences
+    (`compare_answers`); seed_low, seed_high over the trainings (`seed_interval`), how many of them
+    agree in direction;
+    mcnemar: p of that test, for accuracies without a margin; smallest difference that is found
+    with a power of 0.8; sequences needed for one that matters, and trainings, if only they varied.
     """
     table = compared_blocks(answers, question)
     columns = [table[name].to_numpy() for name in ("true", "first", "second")]
-    found = compare_answers(
-        *columns, table["sequence"], question.measure, margin=question.margin, n=n
-    )
+    told = dict(margin=question.margin, trainings=table["seed"], n=n)
+    found = compare_answers(*columns, table["sequence"], question.measure, **told)
     of_seed = {
         seed: _difference(own, question.measure) - question.margin
         for seed, own in table.groupby("seed")
@@ -688,7 +688,6 @@ def ask(
         for value in of_seed.values()
     )
     beyond = {
-        "mean": over["mean"] + question.margin,
         "seed_low": over["low"] + question.margin,
         "seed_high": over["high"] + question.margin,
         "seeds": over["seeds"],
@@ -697,7 +696,11 @@ def ask(
         "mcnemar": math.nan,
         "smallest": smallest_difference(found["error"]),
         "needed": sequences_needed(matters, found["error"], found["sequences"]),
+        "trainings": math.nan,
     }
+    if over["seeds"] > 1 and over["sd"]:
+        spread = over["sd"] / math.sqrt(over["seeds"])
+        beyond["trainings"] = sequences_needed(matters, spread, over["seeds"])
     if question.measure == "accuracy" and not question.margin:
         beyond["mcnemar"] = mcnemar(*columns, table["sequence"])["p"]
     return found | beyond

@@ -281,7 +281,8 @@ def _encodes_of(blocks, material):
     from av1nb.material import load_material, recording_of  # which reads pictures of all kinds
 
     table = blocks.table().drop_duplicates("recording").set_index("recording")
-    frames = {recording_of(frame): frame for frame in load_material(from_root(material))}
+    own = load_material(from_root(material), recordings=table.index)
+    frames = {recording_of(frame): frame for frame in own}
     if missing := sorted(set(table.index) - set(frames)):
         raise ValueError(
             f"{material} lacks {missing[0]}, which blocks of this run were cut from; name the set"

@@ -834,6 +834,11 @@ def _trees(stored, number):
     return {what: stored[name] for what, name in names.items() if name in stored}
 
 
+def _recording_name(material, frame, mode, cpu_used, qindex, **_):
+    "Name of an encode among the recordings of a block set."
+    return f"{material}-{frame}_{mode}{cpu_used}_q{qindex}"
+
+
 def _node_table(nodes, qindex):
     table = pd.DataFrame(nodes.astype(np.int64), columns=_COLUMNS)
     return table.assign(frame=0, qindex=qindex)
@@ -859,9 +864,10 @@ def load_material(
     presets: Sequence[int] | None = None,  # of the encodes; None: all
     modes: Sequence[str] | None = None,  # of the encodes, "allintra" or "good"; None: both
     lines: int | None = None,  # of a frame at most, on its shorter side; None: any number
+    recordings: Iterable[str] | None = None,  # names of encodes, see `recording_of`; None: all
 ) -> list[MaterialFrame]:  # by name of the frame, then in the order of its encodes
     "Frames of a set. Raises `MaterialError` for what is missing or damaged."
-    found = []
+    found, named = [], None if recordings is None else set(recordings)
     for entry in _entries(folder):
         plan = entry["plan"]
         wanted = [
@@ -869,6 +875,7 @@ def load_material(
             for number, told in enumerate(entry["encodes"])
             if (presets is None or told["cpu_used"] in presets)
             and (modes is None or told["mode"] in modes)
+            and (named is None or _recording_name(plan["material"], plan["name"], **told) in named)
         ]
         if (
             not wanted
@@ -1090,7 +1097,8 @@ def recording_of(
 ) -> str:  # begins with its material
     "Name of an encode among the recordings of a block set."
     told = frame.conditions
-    return f"{frame.material}-{frame.frame_name}_{told.mode}{told.cpu_used}_q{told.qindex}"
+    own = told.mode, told.cpu_used, told.qindex
+    return _recording_name(frame.material, frame.frame_name, *own)
 
 
 def frame_blocks(

@@ -11,6 +11,7 @@ __all__ = ['LEAST_PROBABILITY', 'checked_labels', 'checked_scores', 'reliability
 
 # %% ../nbs/16_metrics.ipynb #f4dedac9
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -575,6 +576,27 @@ def _confusions_of_groups(y_true, y_pred, groups, n_classes):
     return counts.reshape(-1, n_classes, n_classes)
 
 
+def _drawn_differences(y_true, first, second, groups, measure, n, seed):
+    """Differences [n] of drawn sets, the difference itself, and the number of sequences.
+
+    The same sequences are drawn alike, whoever answered; others independently.
+    """
+    places, names = pd.factorize(groups, sort=True)
+    if len(names) < 2:
+        raise ValueError("All blocks come from one sequence; drawing sequences needs at least two.")
+    n_classes = int(max(y_true.max(), first.max(), second.max())) + 1
+    named = zlib.crc32("\n".join(map(str, names)).encode())
+    rng = np.random.default_rng([seed, named])
+    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n)
+    drawn, whole = [], []
+    for own in (first, second):
+        each = _confusions_of_groups(y_true, own, places, n_classes)
+        summed = draws @ each.reshape(len(names), -1)
+        drawn.append(measure(summed.reshape(n, n_classes, n_classes)))
+        whole.append(float(measure(each.sum(0)[None])[0]))
+    return drawn[1] - drawn[0], whole[1] - whole[0], len(names)
+
+# %% ../nbs/16_metrics.ipynb #d0c1a5e4
 def compare_answers(
     y_true: ArrayLike,  # true class numbers [N]
     first: ArrayLike,  # decided by the first system [N]
@@ -583,6 +605,8 @@ def compare_answers(
     # a measure of `confusion_statistic`, or a function of confusions [n, K, K]
     statistic: str | Callable = "accuracy",
     margin: float = 0.0,  # the question is whether second − first differs from this
+    # training that gave the answers for each block [N]; the difference is the mean over them
+    trainings: ArrayLike | None = None,
     n: int = 5000,  # resampled test sets
     seed: int = 42,  # of the draws
     level: float = 0.95,  # confidence of the interval
@@ -595,33 +619,30 @@ def compare_answers(
     Sources: Efron and Tibshirani (1993); Davison and Hinkley (1997). Raises `ValueError` if lengths
     differ or there are fewer than two sequences.
     """
-    y_true, first, second, groups = map(np.asarray, (y_true, first, second, groups))
-    require_together(y_true=y_true, first=first, second=second, groups=groups)
-    n_classes = int(max(y_true.max(), first.max(), second.max())) + 1
-    y_true, first, second = (checked_labels(y, n_classes) for y in (y_true, first, second))
-    places, names = pd.factorize(groups)
-    if len(names) < 2:
-        raise ValueError("All blocks come from one sequence; drawing sequences needs at least two.")
+    trainings = np.zeros(len(y_true)) if trainings is None else trainings
+    columns = [np.asarray(values) for values in (y_true, first, second, groups)]
+    require_together(**dict(zip(("y_true", "first", "second", "groups"), columns)))
+    require_together(y_true=columns[0], trainings=trainings)
+    classes = int(max(values.max() for values in columns[:3])) + 1
+    columns[:3] = (checked_labels(values, classes) for values in columns[:3])
     measure = statistic if callable(statistic) else lambda c: confusion_statistic(c, statistic)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n)
-    both = [_confusions_of_groups(y_true, own, places, n_classes) for own in (first, second)]
-    drawn = [
-        measure((draws @ own.reshape(len(names), -1)).reshape(n, n_classes, n_classes))
-        for own in both
+    parts = [
+        _drawn_differences(*(values[here] for values in columns), measure, n, seed)
+        for here in pd.Series(range(len(y_true))).groupby(np.asarray(trainings)).indices.values()
     ]
-    apart = drawn[1] - drawn[0]
-    whole = [float(measure(own.sum(0)[None])[0]) for own in both]
+    apart = np.mean([drawn for drawn, _, _ in parts], axis=0)
+    # a drawn set has fewer different sequences than there are, so its spread is a little small
+    wider = math.sqrt(np.mean([count / (count - 1) for *_, count in parts]))
     low, high = np.quantile(apart, [(1 - level) / 2, (1 + level) / 2])
     beyond = min((apart <= margin).sum(), (apart >= margin).sum())
+    sequences = len(set(columns[3].tolist()))
     return {
-        "difference": whole[1] - whole[0],
+        "difference": float(np.mean([whole for _, whole, _ in parts])),
         "low": float(low),
         "high": float(high),
-        # a drawn set has fewer different sequences than there are, so its spread is a little small
-        "error": float(apart.std(ddof=1)) * math.sqrt(len(names) / (len(names) - 1)),
-        "p": min(1.0, max(2 * (1 + int(beyond)) / (n + 1), 2.0 ** (1 - len(names)))),
-        "sequences": len(names),
+        "error": float(apart.std(ddof=1)) * wider,
+        "p": min(1.0, max(2 * (1 + int(beyond)) / (n + 1), 2.0 ** (1 - sequences))),
+        "sequences": sequences,
     }
 
 # %% ../nbs/16_metrics.ipynb #0398e4e3
