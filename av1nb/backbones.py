@@ -400,7 +400,7 @@ def adapter_of(
     backbone: Backbone,  # of either kind
 ) -> str | None:  # the kind of its adapters, one of `ADAPTERS`; None without
     "Which adapters a backbone has."
-    return getattr(backbone.adapters[0], "kind", None) if hasattr(backbone, "adapters") else None
+    return getattr(backbone.adapters[0], "kind", None)
 
 # %% ../nbs/12_backbones.ipynb #744696ad
 class ResNet18Blocks(Backbone):
@@ -573,6 +573,7 @@ class LightBackbone(Backbone):
         self,
         qindex: bool = False,  # take the qindex of every block as a second input
         centre: bool = False,  # subtract the mean of each block first
+        adapter: str | None = None,  # a kind of `ADAPTERS`, after stem and blocks; None: none
     ):
         super().__init__(qindex, centre)
         self.stem = ConvStem(32)
@@ -581,13 +582,17 @@ class LightBackbone(Backbone):
             SeparableBlock(64, 128, stride=2),
             SeparableBlock(128, 128),
         )
+        self.adapters = adapters(adapter, (32, 64, 128, 128))
 
     def maps(
         self,
         x: torch.Tensor,  # float [B,1,H,W]
     ) -> torch.Tensor:  # float [B,128,H/4,W/4], rounded up
         "The feature maps before pooling."
-        return self.blocks(self.stem(x))
+        x = self.adapters[0](self.stem(x))
+        for block, adapter in zip(self.blocks, self.adapters[1:]):
+            x = adapter(block(x))
+        return x
 
 # %% ../nbs/12_backbones.ipynb #e2d6c2cd
 def layer_groups(

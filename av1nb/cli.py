@@ -196,6 +196,10 @@ def compare(
             )
         ),
     ] = None,
+    remedy: Annotated[
+        Optional[list[str]],
+        typer.Option(help="row of recipes.REMEDIES, with which v6 is trained, beside v6"),
+    ] = None,
     seed: Annotated[
         Optional[list[int]],
         typer.Option(
@@ -233,10 +237,11 @@ def compare(
     further = dict(one.partition("=")[::2] for one in also or [])
     if bad := [name for name, folder in further.items() if not name or not folder]:
         raise ValueError(f"--also takes name=directory, not {', '.join(bad) or 'an empty name'}")
+    models = hierarchy or (["v6"] if remedy else runs.COMPARED)
     directory = runs.RunDirectory(run_dir)
     rows = runs.compare(
         directory,
-        tuple(hierarchy or runs.COMPARED),
+        (*models, *(f"v6:{name}" for name in remedy or [])),
         tuple(chosen),
         split_seed,
         further,

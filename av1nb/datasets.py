@@ -7,8 +7,8 @@ __all__ = ['MAX_PIXEL', 'SPLITS', 'CONTRACT_LABELS', 'CONTRACT_KEYS', 'NORMALISA
            'split_sequences', 'split_hash', 'distribution', 'DatasetError', 'save_tensors', 'load_tensors', 'versions',
            'Blocks', 'BlockViews', 'BlockSet', 'build_block_sets', 'write_block_sets', 'read_metadata',
            'read_block_sets', 'import_legacy', 'stage_subset', 'bootstrap_variants', 'write_stage3', 'read_stage3',
-           'BalancedSampler', 'values_checked', 'are_checked', 'BatchSource', 'Batches', 'Audit', 'pixel_hashes',
-           'audit']
+           'BalancedSampler', 'values_checked', 'are_checked', 'BatchSource', 'Batches', 'TaughtBatches', 'Audit',
+           'pixel_hashes', 'audit']
 
 # %% ../nbs/10_datasets.ipynb #1216b54a
 import io
@@ -1350,6 +1350,28 @@ class Batches(BatchSource):
                 with values_checked():
                     x, y = self.augment(x, y, generator)
             yield (x, y) if self.qindex is None else (x, y, self.qindex[index].to(self.device))
+
+# %% ../nbs/10_datasets.ipynb #b3821a91
+class TaughtBatches(Batches):
+    "`Batches` whose last entry is what a teacher says of each block, float32 [B, C]."
+
+    def __init__(
+        self,
+        *args,  # of `Batches`
+        taught: torch.Tensor,  # float [N, C], of each block
+        **settings,  # of `Batches`
+    ):
+        super().__init__(*args, **settings)
+        if taught.ndim != 2 or len(taught) != len(self.samples):
+            raise ValueError(
+                f"the teacher must answer for each of the {len(self.samples)} blocks, but its"
+                f" answers are {list(taught.shape)}."
+            )
+        self.taught = taught.float().to(self.device)
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield (*batch, self.taught[self.batch_ids.to(self.device)])
 
 # %% ../nbs/10_datasets.ipynb #ec0168ed
 @dataclass

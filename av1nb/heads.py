@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'ARCHITECTURES', 'to_probabilities', 'MLPHead', 'fit_temperature', 'Stage1Head', 'FineGrainedHead',
-           'LightHead', 'StageModel', 'find_hierarchy', 'is_binary', 'build_model', 'Votes', 'combine_votes',
+           'LightHead', 'StageModel', 'find_hierarchy', 'is_binary', 'build_model', 'Votes', 'Stack', 'combine_votes',
            'Ensemble', 'CheckpointError', 'read_checkpoint', 'StateKind', 'identify_state', 'summarise_keys',
            'require_same_keys', 'stage_state', 'require_split', 'require_size', 'load_weights', 'load_backbone',
            'checkpoint_prefix', 'model_from_checkpoint', 'type_log_probabilities', 'JointHead', 'JointModel']
@@ -349,7 +349,7 @@ def build_model(
     dropout: float | None = None,
     projection: int = 128,  # fine-grained head: length of the embedding
     scale: float = 16.0,  # fine-grained head: scale of the cosines at the start
-    adapter: str | None = None,  # v6 only: a kind of `backbones.ADAPTERS`; None: none
+    adapter: str | None = None,  # a kind of `backbones.ADAPTERS`; None: none
 ) -> StageModel:
     """The model of one stage.
 
@@ -366,8 +366,6 @@ def build_model(
             "pretrained weights are those of a ResNet-18; the v5 backbone has none: use"
             " pretrained=None"
         )
-    if architecture == "v5" and adapter is not None:
-        raise ValueError(f"only the v6 backbone takes adapters: use adapter=None, not {adapter!r}")
     if head == "fine_grained" and binary:
         raise ValueError(
             f"stage {stage!r} is binary, the fine-grained head compares classes: use head='mlp'"
@@ -377,7 +375,7 @@ def build_model(
     backbone = (
         ResNet18Blocks(pretrained, qindex, centre, adapter)
         if architecture == "v6"
-        else LightBackbone(qindex, centre)
+        else LightBackbone(qindex, centre, adapter)
     )
     features, outputs = backbone.feature_dim, 1 if binary else len(names)
     if dropout is None:
@@ -404,11 +402,48 @@ class Votes(NamedTuple):
     # [N] in (0,1]: (weighted) share of the members whose most probable class is the winner
     agreement: torch.Tensor
 
+# %% ../nbs/13_heads.ipynb #627e9068
+class Stack(NamedTuple):
+    "A logistic regression on the log-probabilities of M members for C classes."
 
+    coefficients: list  # C rows of M·C numbers, all classes of the first member first
+    intercept: list  # C numbers
+
+    def check(
+        self,
+        members: int,  # M
+        classes: int,  # C
+    ) -> None:
+        "Raise ValueError unless the numbers fit the members."
+        rows = [len(row) for row in self.coefficients]
+        if rows != [members * classes] * classes or len(self.intercept) != classes:
+            raise ValueError(
+                f"{members} members with {classes} classes need a stack of {classes} rows with"
+                f" {members * classes} numbers, but got rows of {rows or 'nothing'}"
+            )
+
+    def votes(
+        self,
+        probabilities: torch.Tensor,  # [M,N,C] of M members
+    ) -> Votes:
+        "What the members say together. Wolpert 1992, Stacked generalization."
+        members, blocks, classes = probabilities.shape
+        self.check(members, classes)
+        logs = probabilities.double().clamp(min=1e-6).log().transpose(0, 1).reshape(blocks, -1)
+        rows, intercept = (
+            torch.tensor(part, dtype=torch.float64, device=logs.device) for part in self
+        )
+        combined = (logs @ rows.T + intercept).softmax(1)
+        winner = combined.argmax(1)
+        agreement = (probabilities.argmax(2) == winner).double().mean(0)
+        return Votes(winner, combined.to(probabilities.dtype), agreement.to(probabilities.dtype))
+
+# %% ../nbs/13_heads.ipynb #9132e6f2
 def combine_votes(
     probabilities: torch.Tensor,  # [M,N,C] of M members
-    vote: str = "majority",  # "majority", "soft" or "weighted"
-    weights: Sequence[float] | None = None,  # M numbers ≥ 0, not all 0, for "weighted" only
+    vote: str = "majority",  # "majority", "soft", "weighted" or "stacked"
+    # "weighted": M numbers ≥ 0, not all 0; "stacked": a `Stack`; None for the others
+    weights: Sequence[float] | Stack | None = None,
 ) -> Votes:
     """`Votes` of all blocks at once.
 
@@ -416,8 +451,12 @@ def combine_votes(
     Methods in Machine Learning.
     """
     members, _, classes = probabilities.shape
-    if vote not in ("majority", "soft", "weighted"):
-        raise ValueError(f"there is no vote {vote!r}: choose majority, soft or weighted")
+    if vote not in ("majority", "soft", "weighted", "stacked"):
+        raise ValueError(f"there is no vote {vote!r}: choose majority, soft, weighted or stacked")
+    if (vote == "stacked") != isinstance(weights, Stack):
+        raise ValueError("vote='stacked' needs a Stack as its weights, and no other vote does")
+    if vote == "stacked":
+        return weights.votes(probabilities)
     if (vote == "weighted") != (weights is not None):
         raise ValueError(
             f"weights belong to vote='weighted' and only to it, but vote is {vote!r} and weights"
@@ -458,8 +497,9 @@ class Ensemble(nn.Module):
     def __init__(
         self,
         models: Sequence[StageModel],  # two or more `StageModel`s of one stage
-        vote: str = "majority",  # "majority", "soft" or "weighted"
-        weights: Sequence[float] | None = None,  # one number ≥ 0 a member, for vote="weighted"
+        vote: str = "majority",  # "majority", "soft", "weighted" or "stacked"
+        # "weighted": one number ≥ 0 a member; "stacked": a `Stack`
+        weights: Sequence[float] | Stack | None = None,
     ):
         super().__init__()
         models = list(models)
@@ -475,8 +515,7 @@ class Ensemble(nn.Module):
             )
         # refuse unfitting weights now, not after an hour
         combine_votes(torch.ones(len(models), 1, len(models[0].class_names)), vote, weights)
-        self.models, self.vote = nn.ModuleList(models), vote
-        self.weights = None if weights is None else [float(w) for w in weights]
+        self.models, self.vote, self.weights = nn.ModuleList(models), vote, weights
 
     @property
     def stage(self) -> str:
@@ -504,11 +543,8 @@ class Ensemble(nn.Module):
         qindex: torch.Tensor | None = None,  # [B], 0–255, for models built with qindex=True
     ) -> Votes:
         "What the members decide together."
-        return combine_votes(
-            torch.stack([model.probabilities(x, qindex) for model in self.models]),
-            self.vote,
-            self.weights,
-        )
+        said = torch.stack([model.probabilities(x, qindex) for model in self.models])
+        return combine_votes(said, self.vote, self.weights)
 
     def probabilities(
         self,

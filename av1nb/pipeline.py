@@ -6,8 +6,8 @@
 __all__ = ['FALL_BACK', 'TRAINING_NOTEBOOKS', 'OBJECTIVES', 'RIGHT', 'UNCOVERED', 'GROUPS', 'QUESTIONS', 'StageOutput', 'decide',
            'origin_columns', 'Predictions', 'class_counts', 'fallback_counts', 'fallback_sentence', 'trained_by',
            'find_checkpoints', 'majority_answer', 'require_models', 'has_threshold', 'require_thresholds',
-           'require_samples', 'require_qindex', 'member_probabilities', 'StageModels', 'load_stages', 'Pipeline',
-           'type_probabilities', 'load_pipeline', 'predict_nodes', 'predict_frames', 'threshold_grid',
+           'require_samples', 'require_qindex', 'member_probabilities', 'StageModels', 'load_stages', 'read_stack',
+           'Pipeline', 'type_probabilities', 'load_pipeline', 'predict_nodes', 'predict_frames', 'threshold_grid',
            'cumulative_confusions', 'require_same_split', 'ThresholdSearch', 'search_thresholds', 'lost_at',
            'attribute_errors', 'report', 'summary', 'headline', 'coverage_table']
 
@@ -31,6 +31,7 @@ from av1nb.heads import (
     Ensemble,
     StageModel,
     checkpoint_prefix,
+    Stack,
     combine_votes,
     find_hierarchy,
     model_from_checkpoint,
@@ -540,6 +541,10 @@ def load_stages(
             margins[path.name] = origin.get("margin", 0)
         if len(loaded) > 1:
             weights = _vote_weights(paths, loaded) if vote == "weighted" else None
+            if vote == "stacked":
+                weights = read_stack(
+                    models_dir / f"{checkpoint_prefix(hierarchy, stage)}_stack.json"
+                )
             models[stage] = Ensemble([model for model, _ in loaded], vote, weights)
         elif loaded:
             models[stage] = loaded[0][0]
@@ -555,6 +560,19 @@ def load_stages(
         next(iter(v.values()), none) for v, none in ((hashes, None), (margins, 0))
     )
     return dict(models=models, split_hash=split_hash, size=size, margin=margin, files=files)
+
+
+def read_stack(
+    path: str | Path,  # `{prefix}_stack.json` beside the checkpoints of the members
+) -> Stack:
+    "How members were learned to combine. Raises `FileNotFoundError` where they were not."
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: vote='stacked' is fitted where the members are trained, with the"
+            " same vote; use majority, soft or weighted, or train that stage again"
+        )
+    content = require_fields(read_json(path), dict(coefficients=list, intercept=list), str(path))
+    return Stack(content["coefficients"], content["intercept"])
 
 
 def _vote_weights(paths, loaded):
@@ -610,7 +628,8 @@ class Pipeline(StageModels):
         # that every checkpoint must have; None: the one they agree on
         split_hash: str | None = None,
         fallback: dict[str, np.ndarray] | None = None,  # as in `StageModels`
-        # of ensembles: "majority", "soft", or "weighted" by the macro-F1 of the checkpoints
+        # of ensembles: "majority", "soft", "weighted" by the macro-F1 of the checkpoints, or
+        # "stacked" as `{prefix}_stack.json` says
         vote: str = "majority",
         # side of the blocks that every checkpoint must have been trained on
         size: int = 16,

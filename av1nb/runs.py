@@ -8,8 +8,8 @@ __all__ = ['PREPARATION', 'PIPELINE_NOTEBOOKS', 'PIPELINE', 'NOTEBOOKS', 'HEADLE
            'environment', 'code_hash', 'provenance', 'save_table', 'notebooks_folder', 'find_notebook', 'parameters_of',
            'parameter_table', 'notebook_table', 'parse_parameters', 'stated_values', 'headless', 'run_notebook',
            'is_done', 'run_notebooks', 'clear', 'trainings', 'summarise', 'format_table', 'shown_text', 'shown_outputs',
-           'publish_outputs', 'publish_pages', 'settings_for', 'read_result', 'find_results', 'over_models',
-           'differences', 'best_baselines', 'comparison_table', 'share_data', 'notebooks_of', 'compare',
+           'publish_outputs', 'publish_pages', 'model_of', 'remedied', 'settings_for', 'read_result', 'find_results',
+           'over_models', 'differences', 'best_baselines', 'comparison_table', 'share_data', 'notebooks_of', 'compare',
            'run_benchmarks']
 
 # %% ../nbs/30_runs.ipynb #487177ed
@@ -811,8 +811,39 @@ def publish_pages(
 COMPARED = ("v5", "v6", "flat", "flat7")
 
 
+def model_of(
+    name: str,  # of a hierarchy, or `v6:NAME` with a row of `recipes.REMEDIES`
+) -> tuple[str, str | None]:  # the hierarchy that is trained, and the remedy or None
+    "What a model's name stands for. `ValueError` for a remedy that does not exist there."
+    from av1nb.recipes import REMEDIES
+
+    hierarchy, colon, remedy = name.partition(":")
+    if not colon:
+        return name, None
+    if hierarchy != "v6" or remedy not in REMEDIES:
+        raise ValueError(
+            f"there is no model {name!r}: a remedy is named v6:NAME, with one of"
+            f" {', '.join(REMEDIES)}"
+        )
+    return REMEDIES[remedy].hierarchy or hierarchy, remedy
+
+
+def remedied(
+    settings: dict,  # stage notebook → parameters
+    remedy: str | None,  # a row of `recipes.REMEDIES`, or None
+) -> dict:
+    "Settings of a cascade that is trained with a remedy."
+    from av1nb.recipes import REMEDIES
+
+    own = {} if remedy is None else {"remedy": remedy}
+    vote = None if remedy is None else REMEDIES[remedy].vote
+    voting = {} if vote is None else {"vote": vote}
+    added = dict(zip(PIPELINE[4:8], (own | voting, own, own | voting, voting)))
+    return {name: values | added.get(name, {}) for name, values in settings.items()}
+
+# %% ../nbs/30_runs.ipynb #1489f546
 def settings_for(
-    hierarchy: str,  # name of a hierarchy
+    hierarchy: str,  # name of a hierarchy, or one with a remedy, see `model_of`
     size: int = 16,  # block size in pixels
 ) -> dict:
     """Settings of the demonstration for a hierarchy, stage notebook → parameters; none for training
@@ -821,7 +852,8 @@ def settings_for(
     from av1nb.heads import find_hierarchy, is_binary
     from av1nb.recipes import recipe_for
 
-    tree = find_hierarchy(hierarchy, size)
+    name, remedy = model_of(hierarchy)
+    tree = find_hierarchy(name, size)
     unused = PIPELINE[3 + len(tree.stages) : 7]
     demo = {name: values for name, values in DEMO.items() if name not in unused}
     if any(recipe_for(tree, stage).architecture != "v6" for stage in tree.stage_names):
@@ -831,10 +863,11 @@ def settings_for(
         }
     # then no threshold follows, which is what the ranking by AUC was chosen for
     several = not is_binary(tree, tree.stage_names[0])
-    return {
+    settings = {
         name: {k: v for k, v in values.items() if not (several and k == "monitor")}
         for name, values in demo.items()
     }
+    return remedied(settings, remedy)
 
 # %% ../nbs/30_runs.ipynb #0f1ab563
 # question of a report → its name in the table
@@ -1104,7 +1137,7 @@ def notebooks_of(
 
     if name in OTHERS:
         return OTHERS[name]
-    unused = PIPELINE[3 + len(find_hierarchy(name, size).stages) : 7]
+    unused = PIPELINE[3 + len(find_hierarchy(model_of(name)[0], size).stages) : 7]
     return tuple(notebook for notebook in PIPELINE[2:] if notebook not in unused)
 
 # %% ../nbs/30_runs.ipynb #fc6860dc
@@ -1222,7 +1255,8 @@ def _refuse_other_splits(others, split):
 # %% ../nbs/30_runs.ipynb #00007954
 def compare(
     run: RunDirectory,  # one subdirectory a hierarchy and seed is made in it, and one with the data
-    hierarchies: Sequence[str] = COMPARED,  # names of hierarchies, and of `OTHERS`
+    # names of hierarchies, of `OTHERS`, and of cascades with a remedy, see `model_of`
+    hierarchies: Sequence[str] = COMPARED,
     seeds: Sequence[int] = (42,),  # of the networks and their batches
     split_seed: int = 42,  # of the split, the same for all
     # name → directory with results of a model that was trained elsewhere, see `find_results`
@@ -1262,12 +1296,12 @@ def compare(
     for seed in seeds:
         for name in hierarchies:
             print(f"{name}, seed {seed}", flush=True)
-            own = RunDirectory(run / f"{name}/seed_{seed}")
+            own = RunDirectory(run / f"{name.replace(':', '-')}/seed_{seed}")
             share_data(data, own)
             run_notebooks(
                 notebooks[name],
                 own,
-                {"seed": seed} | ({} if name in OTHERS else {"hierarchy": name}),
+                {"seed": seed} | ({} if name in OTHERS else {"hierarchy": model_of(name)[0]}),
                 settings[name],
                 keep=keep,
                 quiet=quiet,
