@@ -685,6 +685,22 @@ def _with_another_libaom(tuned, used):
     return "" if tuned == used else f", with libaom {tuned or 'of a release not noted'}, not {used}"
 
 
+def _within_budget(budget, weights, policies, cpu_used, library):
+    "Decisions or thresholds that keep a budget, and what is to be said of them."
+    from av1nb import costs, steering, tradeoff
+
+    if weights is None and policies is None:
+        models, facts = costs.load_decisions(steering.shipped_decisions())
+        promise = tradeoff.read_promises(facts).get(cpu_used)
+        if promise is not None:
+            masks = tradeoff.promised_masks(models[cpu_used], promise, budget)
+            said = tradeoff.promise_sentence(promise, budget)
+            return masks, said + _with_another_libaom(facts["libaom"], library.version)
+    policy, share, loss = steering.policy_for(budget, cpu_used, policies)
+    said = f"policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation pictures"
+    return policy, said + _with_another_libaom(steering.tuned_with(policies), library.version)
+
+
 def _steering(budget, weights, policies, cpu_used):
     "Network and policy that steer, for `encode_still`; none, and why, without the library."
     from av1nb import joint, steering
@@ -695,11 +711,8 @@ def _steering(budget, weights, policies, cpu_used):
     except LibaomError as error:
         typer.echo(f"Encoding without predictions, by the stock library: {error}", err=True)
         return {}
-    policy, share, loss = steering.policy_for(budget, cpu_used, policies)
-    typer.echo(
-        f"Policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation pictures"
-        f"{_with_another_libaom(steering.tuned_with(policies), library.version)}"
-    )
+    policy, said = _within_budget(budget, weights, policies, cpu_used, library)
+    typer.echo(said[0].upper() + said[1:])
     predictor = joint.JointPredictor.load(weights or steering.shipped_weights())
     return dict(predictor=predictor, policy=policy)
 
@@ -737,15 +750,12 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
 
     stills.require_film_name(out)
     budget, weights, policies = steer
-    policy, share, loss = steering.policy_for(budget, cpu_used, policies)
+    library = steering.load_encoder()
+    policy, said = _within_budget(budget, weights, policies, cpu_used, library)
     predictor = joint.JointPredictor.load(weights or steering.shipped_weights())
     loading = time.process_time()  # since the process began, so with PyTorch's import
-    library = steering.load_encoder()
     film = pictures.read_pictures(*read)
-    typer.echo(
-        f"{film}; policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation"
-        f" pictures{_with_another_libaom(steering.tuned_with(policies), library.version)}"
-    )
+    typer.echo(f"{film}; {said}")
     if reasons := list(filter(None, (steering.why_aside(planes[0]) for planes in film.planes))):
         typer.echo(
             f"{len(reasons)} of {len(film)} frames are coded without masks, which would not pay:"
@@ -766,6 +776,8 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
     )
     ours, stock = both(cq_level=cq_level)
     stills.write_film(out, ours.ivf, film.fps)
+    if not ours.counts["limited"]:
+        typer.echo("No frame was worth masks: encoded as the preset does it without them")
     typer.echo(_what_was_saved(ours, stock, loading))
     if all_quantisers:
         levels = [encoding.cq_level_of(qindex) for qindex in encoding.QINDEXES]
@@ -788,7 +800,13 @@ _Speed = Annotated[
     int, typer.Option("--cpu-used", "--speed", min=0, max=4, help="libaom's speed preset")
 ]
 _Budget = Annotated[
-    float, typer.Option(help="BD-rate in percent that may be lost, by the validation pictures")
+    float,
+    typer.Option(
+        help=(
+            "bits in percent that may be lost at equal quality: of nine frames in ten where the"
+            " preset has a promise, else in the mean of the validation pictures"
+        )
+    ),
 ]
 _Level = Annotated[int, typer.Option(min=0, max=63, help="constant quality level, 0 is best")]
 _Regret = Annotated[

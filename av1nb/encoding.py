@@ -11,7 +11,7 @@ import ctypes
 import os
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -341,12 +341,14 @@ class _Encoder:
         self.libaom.aom_img_free(self.image)
         self.libaom.aom_codec_destroy(ctypes.byref(self.context))
 
-    def run(self, pictures):
+    def run(self, pictures, before=None):
         """Encode all pictures; yields (kind, presentation time, bytes, quantiser index) of every
         packet.
         """
         number = 0
         for number, planes in enumerate(pictures, 1):
+            if before:
+                before(number - 1)
             for target, plane in zip(self.planes, planes):
                 target[:] = plane
             yield from self._encode(self.image, number - 1)
@@ -363,7 +365,7 @@ class _Encoder:
         yield from _packets(self.libaom, context)
 
 # %% ../nbs/05_encoding.ipynb #829c09a5
-def _run_encoder(libaom, config, settings, pictures, tags=None):
+def _run_encoder(libaom, config, settings, pictures, tags=None, before=None):
     """Packets (kind, time, bytes, quantiser index) of all pictures, and the user CPU seconds that
     they took.
     """
@@ -377,7 +379,7 @@ def _run_encoder(libaom, config, settings, pictures, tags=None):
             ctypes.cast(memory, ctypes.c_void_p), len(statistics)
         )
     with _Encoder(libaom, config, settings, tags) as encoder:
-        packets = [packet for packet in encoder.run(pictures) if packet[0] == 0]
+        packets = [packet for packet in encoder.run(pictures, before) if packet[0] == 0]
     return packets, _user_seconds() - begin
 
 
@@ -521,6 +523,8 @@ def encode(
     subsampling: str = "4:2:0",  # of the chroma planes: "4:2:0" or "4:4:4"
     tags: ColourTags | None = None,  # written into the stream; None says nothing of the colours
     libaom: Libaom | None = None,  # library; None loads the default one
+    # called with the number of each picture before it is encoded
+    before: Callable[[int], None] | None = None,
 ) -> EncodeResult:
     """Encode pictures in constant quality; the file equals, byte for byte, what `aomenc --ivf` of
     the same libaom writes.
@@ -540,7 +544,7 @@ def encode(
     if not monochrome:
         config.g_profile = _SUBSAMPLINGS[subsampling][1]
     settings = _configure(config, settings, threads, monochrome, fps)
-    packets, seconds = _run_encoder(libaom, config, settings, pictures, tags)
+    packets, seconds = _run_encoder(libaom, config, settings, pictures, tags, before)
     head = struct.pack("<4sHH4sHHIIII", b"DKIF", 0, 32, b"AV01", *size, *fps, len(packets), 0)
     ivf = head + b"".join(
         struct.pack("<IQ", len(data), time) + data for _, time, data, _ in packets

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['HOOK_VERSION', 'RELEASE', 'HOOK', 'encoder_cache', 'find_encoder', 'load_encoder', 'luma_quality', 'MaskedResult',
-           'encode_masked', 'search_costs', 'record_costs', 'label_stability', 'shipped_policies', 'shipped_weights',
-           'save_policies', 'policy_for', 'tuned_with', 'BlockLook', 'block_look', 'why_aside', 'predict_masks',
-           'encode_predicted', 'measure_conditions', 'follow_network', 'measure_encodes']
+           'encode_masked', 'search_costs', 'record_costs', 'label_stability', 'shipped_decisions', 'shipped_policies',
+           'shipped_weights', 'save_policies', 'policy_for', 'tuned_with', 'BlockLook', 'block_look', 'why_aside',
+           'PricedMasks', 'predict_masks', 'encode_predicted', 'measure_conditions', 'follow_network',
+           'measure_encodes']
 
 # %% ../nbs/29_steering.ipynb #ae44d329
 import ctypes
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
@@ -33,8 +36,16 @@ from .streams import Frame, Trees, load_libaom
 from .encoding import QINDEXES, _check_encoder, cq_level_of, encode, qindex_of
 from .jobs import once
 from .joint import JointPredictor
-from .masks import MaskPolicy, MaskTable, TYPES, masks_from_probabilities, uniform_masks
-from .costs import SearchLog, log_from_tables, same_labels
+from av1nb.masks import (
+    MaskPolicy,
+    MaskTable,
+    TYPES,
+    decide,
+    masks_from_probabilities,
+    masks_of_decisions,
+    uniform_masks,
+)
+from .costs import DecisionModel, SearchLog, log_from_tables, same_labels
 
 # %% ../nbs/29_steering.ipynb #e714c7fa
 HOOK_VERSION = 1  # of the three functions and of the tables, see libaom/av1nb_hook.h
@@ -283,6 +294,8 @@ def encode_masked(
     # let no type be given up as too dear, so that every cost in the log is known; slow
     exhaustive: bool = False,
     prediction: float = 0.0,  # seconds that it took to make the masks
+    # called with the number of each picture before it is encoded: masks may be written until then
+    before: Callable[[int], None] | None = None,
     path: str | os.PathLike | None = None,  # IVF file to write once the stream is checked
     encoder: Libaom | None = None,  # library with the hook; None loads it with `load_encoder`
     decoder: Libaom | None = None,  # library that decodes; None is the stock one of `load_libaom`
@@ -311,6 +324,7 @@ def encode_masked(
             options=options,
             threads=threads,
             libaom=encoder,
+            before=before,
             **(colour or {}),
             **settings,
         )
@@ -443,6 +457,11 @@ def label_stability(
     )
 
 # %% ../nbs/29_steering.ipynb #3c370a20
+def shipped_decisions() -> Path:
+    "The models of expected regret and time that come with the package, see `load_decisions`."
+    return Path(str(files("av1nb"))) / "data/encoder/decisions.npz"
+
+
 def shipped_policies() -> Path:
     "The tuned policies that come with the package."
     return Path(str(files("av1nb"))) / "data/encoder/policies.json"
@@ -579,12 +598,64 @@ def why_aside(
         return f"{empty:.0%} of its blocks are empty"
     return ""
 
+# %% ../nbs/29_steering.ipynb #d0c50002
+@dataclass(frozen=True, eq=False)
+class PricedMasks:
+    """How masks are decided on, frame by frame; in place of a `MaskPolicy`.
+
+    Raises `ValueError` for prices that do not rise.
+    """
+
+    model: DecisionModel  # of the preset and the network
+    # of the preset's whole time, in shares of the frame's cost, rising
+    prices: tuple[float, ...]
+    most_lost: float = math.inf  # expected loss of a frame that is allowed, share of its cost
+    # expected time, share of the preset's search without masks, from which on there are none
+    longest: float = math.inf
+    prediction: float = 0.0  # CPU seconds of a prediction, for a million pixels
+
+    def __post_init__(self):
+        if not self.prices or list(self.prices) != sorted(self.prices) or self.prices[0] < 0:
+            raise ValueError(f"Prices must rise and be at least 0, not {self.prices!r}.")
+
+    def curve(
+        self,
+        probabilities: Mapping[int, np.ndarray],  # size → [rows, columns, 10], of the network
+        luma: np.ndarray,  # uint16 [H, W], 10 bits
+        qindex: int,  # quantiser index, 0–255
+    ) -> pd.DataFrame:  # indexed by price: loss and time, expected, as shares
+        "What every price is expected to lose and to take on a frame."
+        levels, _ = self.model.expect(probabilities, luma, qindex)
+        rows = {}
+        for price in self.prices:
+            found = decide(levels, price)
+            rows[price] = dict(loss=float(found.loss.sum()), time=float(found.seconds.sum()))
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("price")
+
+    def masks(
+        self,
+        probabilities: Mapping[int, np.ndarray],  # size → [rows, columns, 10], of the network
+        luma: np.ndarray,  # uint16 [H, W], 10 bits
+        qindex: int,  # quantiser index, 0–255
+    ) -> MaskTable:  # of one frame, empty where masks would not pay
+        "The masks of a frame."
+        height, width = luma.shape
+        levels, stock = self.model.expect(probabilities, luma, qindex)
+        paid = self.prediction * luma.size / 1e6 / stock
+        for price in reversed(self.prices):
+            found = decide(levels, price)
+            if found.loss.sum() <= self.most_lost:
+                if found.seconds.sum() + paid < self.longest:
+                    return masks_of_decisions([(levels, found)], width, height)
+                break
+        return MaskTable.empty(1, width, height)
+
 # %% ../nbs/29_steering.ipynb #079c1efd
 def predict_masks(
     predictor: JointPredictor,  # the joint network
     luma: Sequence[np.ndarray],  # frames of one size, uint16 [H, W], 10 bits
     qindex: int,  # quantiser that the encoder will use
-    policy: MaskPolicy,  # thresholds
+    policy: MaskPolicy | PricedMasks,  # thresholds, or decisions for a price
     aside: bool = True,  # no masks for frames for which they do not pay, see `why_aside`
     # masks of all frames; CPU seconds that they took over all threads, with a predictor that is
     # ready for this size and quantiser
@@ -598,19 +669,56 @@ def predict_masks(
         return table, looked
     predictor.warm_up(width, height, qindex)
     started = time.process_time()
-    probabilities = [predictor.maps(luma[n], qindex) for n in paying]
-    found = masks_from_probabilities(probabilities, policy, width, height, qindex)
-    table.bits[paying] = found.bits
+    if isinstance(policy, PricedMasks):
+        for n in paying:
+            maps = predictor.maps(luma[n], qindex)
+            table.bits[n] = policy.masks(maps, luma[n], qindex).bits[0]
+    else:
+        probabilities = [predictor.maps(luma[n], qindex) for n in paying]
+        found = masks_from_probabilities(probabilities, policy, width, height, qindex)
+        table.bits[paying] = found.bits
     return table, looked + time.process_time() - started
+
+# %% ../nbs/29_steering.ipynb #d0c50009
+def _predicted_ahead(planes, predictor, policy, cq_level, **settings):
+    "Encode with masks that are made while the frames before them are encoded."
+    luma = [picture[0] for picture in planes]
+    (height, width), qindex = luma[0].shape, qindex_of(cq_level)
+    predictor.warm_up(width, height, qindex)
+    table = MaskTable.empty(len(luma), width, height)
+
+    def predict(number):
+        started = time.thread_time()
+        found, _ = predict_masks(predictor, [luma[number]], qindex, policy)
+        table.bits[number] = found.bits[0]
+        return time.thread_time() - started
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(predict, number) for number in range(len(luma))]
+        try:
+            result = encode_masked(
+                planes,
+                table,
+                cq_level=cq_level,
+                before=lambda number: waiting[number].result(),
+                **settings,
+            )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    seconds = sum(done.result() for done in waiting)
+    # the encoder's user time is that of the process
+    return replace(result, user=max(result.user - seconds, 0.0), prediction=seconds)
 
 # %% ../nbs/29_steering.ipynb #ea63e87f
 def encode_predicted(
     planes: Sequence,  # pictures of one size: (Y, U, V) each, uint16, 10 bits
     predictor: JointPredictor,  # the joint network
-    policy: MaskPolicy,  # thresholds
+    policy: MaskPolicy | PricedMasks,  # thresholds, or decisions for a price
     *,
     cq_level: int = 32,  # constant quality level, 0 (best) to 63
     cpu_used: int = 1,  # speed preset that the policy was tuned for
+    ahead: bool | None = None,  # predict while encoding; None: where there is a second core
     compare: bool = True,  # encode without masks, too
     colour: Mapping | None = None,  # as in `encode_masked`
     path: str | os.PathLike | None = None,  # IVF file to write: the encode with masks
@@ -620,8 +728,13 @@ def encode_predicted(
     "All-intra encode that a network steers. Raises as `predict_masks` and `encode_masked` do."
     settings = dict(cq_level=cq_level, cpu_used=cpu_used, encoder=encoder, colour=colour)
     luma = [picture[0] for picture in planes]
-    masks, seconds = predict_masks(predictor, luma, qindex_of(cq_level), policy)
-    steered = encode_masked(planes, masks, prediction=seconds, path=path, **settings)
+    if ahead is None:
+        ahead = len(luma) > 1 and len(os.sched_getaffinity(0)) > 1
+    if ahead:
+        steered = _predicted_ahead(planes, predictor, policy, path=path, **settings)
+    else:
+        masks, seconds = predict_masks(predictor, luma, qindex_of(cq_level), policy)
+        steered = encode_masked(planes, masks, prediction=seconds, path=path, **settings)
     return steered, encode_masked(planes, **settings) if compare else None
 
 # %% ../nbs/29_steering.ipynb #5c41e0b1

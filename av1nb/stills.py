@@ -397,7 +397,10 @@ def _coded_with_masks(still, settings, libaom, predictor, policy):
     )
     facts = dict(psnr=result.psnr, ssim=result.ssim, user=result.user, prediction=seconds)
     # behind the headers of file and packet
-    return facts | dict(predicted=True, qindex=result.qindexes[0]), result.ivf[44:]
+    return (
+        facts | dict(predicted=bool(masks.bits.any()), qindex=result.qindexes[0]),
+        result.ivf[44:],
+    )
 
 # %% ../nbs/32_stills.ipynb #7d1e0c32
 def encode_still(

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['bd_rate', 'local_rate', 'compare_encodes', 'compare_pictures', 'compare_conditions', 'lower_hull', 'below_hull',
-           'undominated', 'tune_policy', 'groups_needed', 'Promise', 'promised_factor', 'promised_time']
+           'undominated', 'tune_policy', 'groups_needed', 'Promise', 'promised_factor', 'promised_time',
+           'read_promises', 'promised_masks', 'promise_sentence']
 
 # %% ../nbs/31_tradeoff.ipynb #4f8e5380
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 from .masks import MaskPolicy
+from .costs import DecisionModel
+from .steering import PricedMasks
 
 # %% ../nbs/31_tradeoff.ipynb #ab3e8948
 def _curve_points(results, quality):
@@ -351,3 +354,65 @@ def promised_time(
         return float(y.mean()), 0.0
     slope, level = np.polyfit(x, y, 1)
     return float(level), float(slope)
+
+# %% ../nbs/31_tradeoff.ipynb #d0c40008
+def read_promises(
+    facts: Mapping,  # of `costs.load_decisions`
+) -> dict[int, Promise]:  # preset → promise
+    "Promises that were stored with models. Raises `ValueError` for what is none."
+    found = {}
+    for preset, content in facts.get("promises", {}).items():
+        try:
+            content = {
+                name: tuple(values) if name in ("prices", "groups") else np.array(values, float)
+                for name, values in content.items()
+            }
+            found[int(preset)] = Promise(**content)
+        except TypeError as error:
+            raise ValueError(f"The promise of preset {preset} is none: {error}.") from error
+    return found
+
+
+def promised_masks(
+    model: DecisionModel,  # of the preset
+    promise: Promise,  # of the same preset and model
+    budget: float,  # percent that a frame may lose
+    risk: float = 0.1,  # share of new groups that may lose more
+    longest: float = 0.95,  # share of the preset's time from which on masks do not pay
+    prediction: float = 0.1,  # CPU seconds of a prediction, for a million pixels
+) -> PricedMasks:
+    """The rule that keeps a budget. It makes no masks at all where nothing can be promised.
+
+    Raises `ValueError` for a budget below 0.
+    """
+    if not budget >= 0:
+        raise ValueError(f"No price of time keeps a BD-rate of {budget:g} %: give 0 or more.")
+    factor = promised_factor(promise, budget, risk)
+    level, slope = promised_time(promise)
+    return PricedMasks(
+        model,
+        promise.prices,
+        -1.0 if math.isinf(factor) else budget / 100 / max(factor, 1e-9),
+        (longest - level) / slope if slope > 0 else math.inf,
+        prediction,
+    )
+
+
+def promise_sentence(
+    promise: Promise,  # of a preset
+    budget: float,  # percent
+    risk: float = 0.1,  # share of new groups that may lose more
+) -> str:
+    "What is promised, and on what it rests."
+    factor, count = promised_factor(promise, budget, risk), len(set(promise.groups))
+    if math.isinf(factor):
+        return (
+            f"no masks: {count} calibration groups cannot promise {budget:g} % on"
+            f" {1 - risk:.0%} of frames"
+        )
+    chosen = promise.chosen(budget, factor)
+    time = np.where(chosen < 0, 1.0, promise.time[np.arange(len(chosen)), np.maximum(chosen, 0)])
+    return (
+        f"at most {budget:g} % on {1 - risk:.0%} of frames like the {len(chosen)} of {count}"
+        f" calibration groups, at {np.median(time):.2f} of their time in the median"
+    )
