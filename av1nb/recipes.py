@@ -384,12 +384,12 @@ REMEDIES |= {
     "arriving_blocks": Remedy(
         "silla2011",
         "Stage 2 learns from the blocks that stage 1 lets through, not from all divided ones.",
-        {"stage2": _OPEN | dict(arriving=0.4)},
+        {"stage2": _OPEN | dict(arriving=0.5)},
     ),
     "rejecting": Remedy(
         "elyaniv2010",
         "The same with a class for what should not have come: stage 2 may still say NONE.",
-        {"stage2": _OPEN | dict(arriving=0.4)},
+        {"stage2": _OPEN | dict(arriving=0.5)},
         hierarchy="v6_reject",
     ),
     "strays": Remedy(
@@ -753,7 +753,7 @@ def arriving_blocks(
     hierarchy: Hierarchy,  # its hierarchy
     stage: str,  # one of its stages, not the first
     start: str | Path | None,  # checkpoint of the stage before
-    least: float = 0.4,  # probability from which on that stage sends a block, 0–1
+    least: float = 0.5,  # probability from which on that stage sends a block, 0–1
     taught: torch.Tensor | None = None,  # a teacher's answers for the training blocks
     device: str = "auto",  # "auto", "cpu" or "cuda"
 ) -> tuple[dict, torch.Tensor | None]:  # both, without what does not arrive
