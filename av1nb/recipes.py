@@ -47,6 +47,8 @@ from av1nb.heads import (
     model_from_checkpoint,
     read_checkpoint,
 )
+
+# %% ../nbs/26_recipes.ipynb #1ee8f396
 from av1nb.losses import (
     AsymmetricLoss,
     BinaryFocal,
@@ -422,7 +424,10 @@ REMEDIES |= {
         "Half of the loss is to say what the joint network says of the block in its frame.",
         {"stage2": _OPEN | dict(taught=0.5)},
     ),
-} | {
+}
+
+# %% ../nbs/26_recipes.ipynb #cd9447d8
+REMEDIES |= {
     f"{vote}_vote": Remedy(
         "wolpert1992" if vote == "stacked" else "dietterich2000",
         f"Three networks on bootstrap samples; {how}.",
