@@ -81,6 +81,7 @@ from av1nb.metrics import (
     verdict,
 )
 from .partitions import SYMMETRIES, Hierarchy
+from .pipeline import find_checkpoints
 from av1nb.training import (
     History,
     TrainConfig,
@@ -617,10 +618,16 @@ def predecessor(
 def start_of(
     hierarchy: Hierarchy | str,  # `Hierarchy` or its name
     stage: str,  # one of its stages
+    models: str | Path | None = None,  # folder of the checkpoints, to see whether several vote
 ) -> str | None:  # file name of a checkpoint
-    "The checkpoint whose backbone a stage starts from; None for the first."
+    """The checkpoint whose backbone a stage starts from; None for the first. Where several networks
+    vote before it, that of the first.
+    """
     before = predecessor(hierarchy, stage)
-    return before and f"{checkpoint_prefix(hierarchy, before)}_model_best.pt"
+    if before is None:
+        return None
+    found = [] if models is None else find_checkpoints(models, hierarchy, before)
+    return found[0].name if found else f"{checkpoint_prefix(hierarchy, before)}_model_best.pt"
 
 # %% ../nbs/26_recipes.ipynb #78257c9c
 def train_config(
