@@ -404,8 +404,12 @@ def print_site(
     import yaml
 
     try:
+        from PIL import ImageFile
         from weasyprint import CSS, HTML
         from weasyprint.text.fonts import FontConfiguration
+
+        # WeasyPrint lets the whole process read half pictures as if they were whole
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
     except OSError as error:
         raise RuntimeError(
             "WeasyPrint needs the library Pango, and this system has none: "

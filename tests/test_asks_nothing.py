@@ -8,6 +8,7 @@ just as well.
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -278,11 +279,13 @@ def test_frames_lie_where_the_training_is(stage, monkeypatch, tmp_path):
     monkeypatch.setattr(joint, "pick_device", lambda name: place)
     monkeypatch.setattr(joint, "FrameSet", made)
     monkeypatch.setattr(
-        joint, "read_run", lambda _: ({"test": None}, dict.fromkeys(("train", "val")))
+        joint, "read_run", lambda *_: ({"test": None}, dict.fromkeys(("train", "val")))
     )
     from av1nb import material
 
+    nothing = pd.DataFrame(columns=["group", "split", "material", "name"])
     monkeypatch.setattr(material, "load_material", lambda *_: [])
+    monkeypatch.setattr(material, "material_table", lambda _: nothing)
     with pytest.raises(Made) as where:
         if stage == "run":
             joint.train_run(tmp_path)

@@ -1256,6 +1256,9 @@ CASES = {
     "alpha": ("stage1", 0.25, {}),
     "beta": ("AB", 0.5, {"loss": "class_balanced_focal", "balanced": False}),
     "smoothing": ("AB", 0.2, {"loss": "cross_entropy"}),
+    "poly": ("AB", 3.0, {"loss": "poly1_focal", "balanced": False}),
+    "gamma_negative": ("AB", 1.0, {"loss": "asymmetric", "balanced": False}),
+    "negative_margin": ("AB", 0.3, {"loss": "asymmetric", "balanced": False}),
     "hard": ("stage1", 0.3, {}),
     "center_weight": ("AB", 1.0, {"head": "fine_grained"}),
     "mixup": ("AB", 0.4, {}),
@@ -1278,7 +1281,17 @@ CASES = {
     "qindex": ("AB", True, {}),
     "centre": ("AB", True, {}),
 }
-SEEN_ELSEWHERE = {"architecture", "members", "patience", "monitor"}
+SEEN_ELSEWHERE = {"architecture", "members", "patience", "monitor"} | {
+    # by test_remedies.py, which has the stage before that they need
+    "adapter",
+    "pull",
+    "pull_weight",
+    "together",
+    "arriving",
+    "strays",
+    "taught",
+    "taught_temperature",
+}
 BASE = {
     "architecture": "v5",
     "symmetries": ("identity",),
