@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXEL', 'SPLITS', 'CONTRACT_LABELS', 'CONTRACT_KEYS', 'NORMALISATION', 'LEGACY_NOTE', 'to_float',
            'split_sequences', 'split_hash', 'distribution', 'DatasetError', 'save_tensors', 'load_tensors', 'versions',
-           'Blocks', 'BlockViews', 'BlockSet', 'build_block_sets', 'write_block_sets', 'read_metadata',
+           'Blocks', 'BlockViews', 'BlockSet', 'join_blocks', 'build_block_sets', 'write_block_sets', 'read_metadata',
            'read_block_sets', 'import_legacy', 'stage_subset', 'bootstrap_variants', 'write_stage3', 'read_stage3',
            'BalancedSampler', 'values_checked', 'are_checked', 'BatchSource', 'Batches', 'TaughtBatches', 'Audit',
            'pixel_hashes', 'audit']
@@ -644,15 +644,18 @@ def _assign(counts, assignment, groups, fractions, seed):
     return assignment
 
 
-def _together(chosen, parts, **provenance):
-    "One split: the blocks of the chosen recordings, in their order."
-    sequences = sorted({recording.sequence for recording in chosen})
+def join_blocks(
+    # of each recording: sequence, name, samples uint16 [n, S+2m, S+2m], and a table of n rows
+    # (frame, row, col, type, qindex)
+    parts: Sequence[tuple],
+    **provenance,  # further fields of `BlockSet`: split, size, margin, …
+) -> BlockSet:
+    "The blocks of several recordings as one set, in this order."
+    sequences = sorted({sequence for sequence, *_ in parts})
     table = pd.concat(
         [
-            parts[recording.name][1].assign(
-                sequence=sequences.index(recording.sequence), recording=number
-            )
-            for number, recording in enumerate(chosen)
+            own.assign(sequence=sequences.index(sequence), recording=number)
+            for number, (sequence, _, _, own) in enumerate(parts)
         ],
         ignore_index=True,
     )
@@ -660,16 +663,14 @@ def _together(chosen, parts, **provenance):
         name: torch.from_numpy(table[name].to_numpy(np.int64, copy=True))
         for name in ("sequence", "recording", "frame", "row", "col", "type", "qindex")
     }
-    samples = torch.from_numpy(
-        np.concatenate([parts.pop(recording.name)[0] for recording in chosen])[:, None]
-    )
+    samples = torch.from_numpy(np.concatenate([samples for *_, samples, _ in parts])[:, None])
     return BlockSet(
         samples,
         column.pop("type"),
         column.pop("qindex"),
         **column,
         sequence_names=sequences,
-        recording_names=[recording.name for recording in chosen],
+        recording_names=[name for _, name, *_ in parts],
         **provenance,
     )
 
@@ -704,12 +705,15 @@ def build_block_sets(
     assignment = _assign(counts, dict(assignment or {}), groups, fractions, seed)
 
     def of(split):
-        return [r for r in recordings if r.name in parts and assignment[r.sequence] == split]
+        return [
+            (r.sequence, r.name, *parts.pop(r.name))
+            for r in recordings
+            if r.name in parts and assignment[r.sequence] == split
+        ]
 
     return {
-        split: _together(
+        split: join_blocks(
             of(split),
-            parts,
             split=split,
             size=size,
             margin=margin,

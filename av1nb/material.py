@@ -28,12 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from joblib import delayed
 
 from .blocks import extract_blocks
 from .corpus import kind_of
-from .datasets import BlockSet
+from .datasets import BlockSet, join_blocks
 from .encoding import Conditions, cq_level_of, encode, qindex_of
 from av1nb.files import (
     atomic_file,
@@ -46,7 +45,7 @@ from av1nb.files import (
     write_bytes,
 )
 from .jobs import run_jobs
-from .partitions import LARGE_LEVELS, PartitionType, mi_arrays
+from .partitions import LARGE_LEVELS, PartitionType, is_inside, mi_arrays
 from av1nb.pictures import (
     Decoded,
     decode_pictures,
@@ -1049,43 +1048,24 @@ def _drawn_nodes(
     "Coded nodes of one encode that lie wholly inside its frame."
     [nodes] = frame.nodes.values()
     height, width = frame.luma.shape[1:]
-    inside = (nodes["row"] + size <= height) & (nodes["col"] + size <= width)
-    nodes = nodes[inside & (nodes["size"] == size) & nodes["type"].isin(types)]
+    wanted = (nodes["size"] == size) & nodes["type"].isin(types)
+    nodes = nodes[wanted & is_inside(nodes, width, height)]
     return nodes.iloc[np.sort(rng.permutation(len(nodes))[:each])]
 
 
 def _as_block_set(parts, split, settings):
     "Blocks of (frame, recording, samples, nodes) together, in this order."
-    sequences = sorted({frame.name for frame, *_ in parts})
     pictures = sorted({(frame.name, frame.frame_name) for frame, *_ in parts})
     # number of each frame among those of its sequence
     number = {
         name: sum(other < name for group, other in pictures if group == sequence)
         for sequence, name in pictures
     }
-    columns = pd.concat(
+    return join_blocks(
         [
-            nodes.assign(
-                sequence=sequences.index(frame.name),
-                recording=place,
-                frame=number[frame.frame_name],
-            )
-            for place, (frame, _, _, nodes) in enumerate(parts)
+            (frame.name, own, samples, nodes.assign(frame=number[frame.frame_name]))
+            for frame, own, samples, nodes in parts
         ],
-        ignore_index=True,
-    )
-    column = {
-        name: torch.from_numpy(columns[name].to_numpy(np.int64, copy=True))
-        for name in ("type", "qindex", "sequence", "recording", "frame", "row", "col")
-    }
-    samples = np.concatenate([samples for *_, samples, _ in parts])[:, None]
-    return BlockSet(
-        torch.from_numpy(samples),
-        column.pop("type"),
-        column.pop("qindex"),
-        **column,
-        sequence_names=tuple(sequences),
-        recording_names=tuple(own for _, own, *_ in parts),
         split=split,
         note="drawn from whole frames; the presets differ between recordings",
         **settings,
