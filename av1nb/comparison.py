@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'ASKED_WITHIN', 'PLAN', 'System', 'content_of_groups', 'draw_divisions', 'recipes_of', 'train_classifiers',
-           'frame_probabilities', 'train_network', 'adjusted_types', 'judge_classifiers', 'judge_network',
-           'prepare_division', 'compare_systems', 'Answers', 'read_answers', 'Question', 'compared_blocks', 'ask',
-           'decide', 'score_table', 'type_table', 'sequence_table']
+           'train_network', 'adjusted_types', 'judge_classifiers', 'judge_network', 'prepare_division',
+           'compare_systems', 'Answers', 'read_answers', 'Question', 'compared_blocks', 'ask', 'decide', 'score_table',
+           'type_table', 'sequence_table']
 
 # %% ../nbs/36_comparison.ipynb #e4b94951
 import json
@@ -25,8 +25,8 @@ import pandas as pd
 from .datasets import BlockSet, read_block_sets, versions, write_block_sets, write_stage3
 from .files import atomic_file, from_root, read_json, save_json
 from .heads import checkpoint_prefix, find_hierarchy, is_binary
-from .joint import JointPredictor, joint_recipe, train_frames
-from .material import frame_blocks, load_material, material_table, recording_of
+from .joint import JointPredictor, joint_recipe, material_answers, train_frames
+from .material import frame_blocks, load_material, material_table
 from av1nb.metrics import (
     compare_answers,
     confusion_statistic,
@@ -221,31 +221,6 @@ def train_classifiers(
     return Pipeline.from_run(models, tree, sets["val"].split_hash, device=device), stages
 
 # %% ../nbs/36_comparison.ipynb #5d27a0cf
-def frame_probabilities(
-    predictor: JointPredictor,  # a joint network at work
-    frames: Sequence,  # `material.MaterialFrame`s, those that the blocks were cut from
-    blocks: BlockSet,  # of `material.frame_blocks`
-) -> np.ndarray:  # float32 [N, 10]
-    """What the joint network says at the places of blocks, each with its whole frame in view.
-
-    Raises `ValueError` for a recording whose frame is not given.
-    """
-    frame_of = {recording_of(frame): frame for frame in frames}
-    if missing := sorted(set(blocks.recording_names) - set(frame_of)):
-        raise ValueError(f"there is no frame for the recording {missing[0]} of these blocks.")
-    found = np.zeros((len(blocks), len(PartitionType)), np.float32)
-    recording, row, col = (
-        getattr(blocks, name).cpu().numpy() for name in ("recording", "row", "col")
-    )
-    for number, name in enumerate(blocks.recording_names):
-        here = recording == number
-        if here.any():
-            frame = frame_of[name]
-            maps = predictor.maps(frame.luma[0], frame.conditions.qindex)[blocks.size]
-            found[here] = maps[row[here] // blocks.size, col[here] // blocks.size]
-    return found
-
-
 def train_network(
     system: System,  # that asks the joint network
     frames: Sequence,  # `MaterialFrame`s of all splits
@@ -350,9 +325,9 @@ def judge_network(
     "Answers of the joint network at the places of the test blocks, decided as a cascade's are."
     test, val = sets["test"], sets["val"]
     started = time.perf_counter()
-    scores = {"test": frame_probabilities(predictor, frames, test)}
+    scores = {"test": material_answers(predictor, frames, test)}
     seconds = time.perf_counter() - started
-    scores["val"] = frame_probabilities(predictor, frames, val)
+    scores["val"] = material_answers(predictor, frames, val)
     adjusted, power = adjusted_types(scores["val"], val.types.numpy(), scores["test"])
     kept = {
         "types": {"accuracy": _digits(scores["test"].argmax(1)), "macro_f1": _digits(adjusted)},

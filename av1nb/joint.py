@@ -6,8 +6,8 @@
 __all__ = ['MATERIAL', 'TYPE_NAMES', 'joint_config', 'tree_scores', 'train_joint', 'JointRecipe', 'joint_recipe', 'read_run',
            'train_run', 'train_frames', 'train_material', 'save_half', 'shipped_weights', 'JointPredictor',
            'decode_tree', 'type_sets', 'tree_table', 'stage_probabilities', 'fit_decisions', 'level_report',
-           'frame_maps', 'predict_blocks', 'predict_test', 'load_predictor', 'node_answers', 'tree_report',
-           'level_table', 'type_table', 'report_text', 'intra_frames', 'source_of', 'compared_nodes']
+           'frame_maps', 'predict_blocks', 'predict_test', 'load_predictor', 'node_answers', 'material_answers',
+           'tree_report', 'level_table', 'type_table', 'report_text', 'intra_frames', 'source_of', 'compared_nodes']
 
 # %% ../nbs/24_joint.ipynb #bf9a28f2
 import itertools
@@ -941,6 +941,33 @@ def node_answers(
             here = of_quantiser[sizes[of_quantiser] == size]
             probabilities[here] = grid[rows[here] // size, cols[here] // size]
     return probabilities.argmax(1).astype(np.int64), probabilities
+
+
+def material_answers(
+    predictor: JointPredictor,  # a joint network at work
+    frames: Iterable,  # `material.MaterialFrame`s, among them those that the blocks were cut from
+    blocks: BlockSet,  # of `material.frame_blocks`
+    conditions: bool = False,  # tell it the conditions of each encode; False: the qindex alone
+) -> np.ndarray:  # float32 [N, 10]
+    """What the joint network says at the places of blocks, each with its whole frame in view.
+
+    Raises `ValueError` for a recording whose frame is not given.
+    """
+    from av1nb.material import recording_of  # which reads pictures of all kinds
+
+    frame_of = {recording_of(frame): frame for frame in frames}
+    if missing := sorted(set(blocks.recording_names) - set(frame_of)):
+        raise ValueError(f"there is no frame for the recording {missing[0]} of these blocks.")
+    probabilities = np.zeros((len(blocks), 10), np.float32)
+    recording, row, col = (
+        getattr(blocks, name).cpu().numpy() for name in ("recording", "row", "col")
+    )
+    for number in np.unique(recording):
+        here, frame = recording == number, frame_of[blocks.recording_names[number]]
+        told = frame.conditions if conditions else frame.conditions.qindex
+        grid = predictor.maps(frame.luma[0], told)[blocks.size]
+        probabilities[here] = grid[row[here] // blocks.size, col[here] // blocks.size]
+    return probabilities
 
 # %% ../nbs/24_joint.ipynb #36ac4d9e
 def tree_report(
