@@ -25,7 +25,13 @@ import pandas as pd
 from .datasets import BlockSet, read_block_sets, versions, write_block_sets, write_stage3
 from .files import atomic_file, from_root, read_json, save_json
 from .heads import checkpoint_prefix, find_hierarchy, is_binary
-from .joint import JointPredictor, joint_recipe, material_answers, train_frames
+from av1nb.joint import (
+    JointPredictor,
+    best_power,
+    joint_recipe,
+    material_answers,
+    train_frames,
+)
 from .material import frame_blocks, load_material, material_table
 from av1nb.metrics import (
     compare_answers,
@@ -267,13 +273,7 @@ def adjusted_types(
     Source: Menon et al. (2021).
     """
     share = np.maximum(val_scores.mean(0), 1e-6)
-    powers = np.arange(0, 2.01, 0.05)
-    n = len(PartitionType)
-    decided = [(val_scores / share**power).argmax(1) for power in powers]
-    confusions = np.array(
-        [np.bincount(val_types * n + own, minlength=n * n).reshape(n, n) for own in decided]
-    )
-    power = float(powers[confusion_statistic(confusions, "macro_f1").argmax()].round(2))
+    power = float(best_power(val_scores, val_types, share)[0])
     return (scores / share**power).argmax(1), power
 
 # %% ../nbs/36_comparison.ipynb #5ad7d90c
