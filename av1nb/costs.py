@@ -29,8 +29,11 @@ from av1nb.masks import (
     TYPES,
     _LEVEL,
     decide,
+    for_children,
     least_gaps,
     mask_choices,
+    reach_of,
+    sum_of_children,
 )
 
 # %% ../nbs/28_costs.ipynb #9c1153b1
@@ -305,19 +308,13 @@ def log_grids(
     return found
 
 
-def _four_children(values):
-    "Sums over the four children of every node: [rows, columns] → [rows/2, columns/2]."
-    rows, cols = values.shape
-    return values.reshape(rows // 2, 2, cols // 2, 2).sum((1, 3))
-
-
 def own_seconds(
     log: SearchLog,  # what a search found
     frame: int = 0,  # number of the frame
 ) -> dict:  # size → float32 [rows, columns, 10], NaN where a type was not tried
     "What trials took; of SPLIT without the time of the nodes below."
     grids = log_grids(log, log.seconds, frame)
-    below = {size: _four_children(np.nansum(grids[size // 2], -1)) for size in LEVELS[:-1]}
+    below = {size: sum_of_children(np.nansum(grids[size // 2], -1)) for size in LEVELS[:-1]}
     for size, taken in below.items():
         split = grids[size][..., PartitionType.SPLIT]
         split[:] = np.maximum(split - taken, 0)
@@ -407,7 +404,7 @@ def replay(
         if size == max(LEVELS):
             return float(found.sum() / best[size].sum() - 1), float((allowed * taken).sum())
         lost, below, below_filled = (
-            _four_children(values)
+            sum_of_children(values)
             for values in (
                 found - best[size],
                 (allowed * taken).sum(-1),
@@ -480,7 +477,7 @@ def node_features(
     busy, found = np.log1p(np.maximum(square - mean**2, 0)), {}
     for size in sorted(LEVELS):
         if size > 8:
-            mean, square, busy = (_four_children(values) / 4 for values in (mean, square, busy))
+            mean, square, busy = (sum_of_children(values) / 4 for values in (mean, square, busy))
         own = np.log1p(np.maximum(square - mean**2, 0))
         told = np.full_like(own, qindex / 255)
         found[size] = np.stack([np.ones_like(own), busy, own, told], -1)
@@ -567,21 +564,6 @@ def _recorded_losses(gaps, tried, choices):
     lost[:, narrow] = least_gaps(own, MaskChoices(choices.words[narrow], choices.tried[narrow]))
     return np.minimum(lost, _MOST_LOST)
 
-
-def _four_times(values):
-    "The value of every node for its four children: [rows, columns] → [2·rows, 2·columns]."
-    return values.repeat(2, 0).repeat(2, 1)
-
-
-def _reach_of(probabilities):
-    "Probability that a node is coded, size → [rows, columns]."
-    sizes = sorted(LEVELS, reverse=True)
-    reach = {sizes[0]: np.ones(probabilities[sizes[0]].shape[:2], np.float32)}
-    for above, size in zip(sizes, sizes[1:]):
-        split = reach[above] * probabilities[above][..., PartitionType.SPLIT]
-        reach[size] = _four_times(split)
-    return reach
-
 # %% ../nbs/28_costs.ipynb #d0c30019
 def _columns(examples, size):
     "What the nodes of one size of all examples are and were, one array each, by name."
@@ -591,7 +573,8 @@ def _columns(examples, size):
         best = searched.best
         costs = searched.costs[size][here].astype(np.float64)
         gaps = costs / best[size][here][:, None] - 1
-        weight = best[size] / best[max(LEVELS)].sum() * _reach_of(example.probabilities)[size]
+        split = {n: example.probabilities[n][..., PartitionType.SPLIT] for n in LEVELS}
+        weight = best[size] / best[max(LEVELS)].sum() * reach_of(split)[size]
         parts.append(
             dict(
                 features=node_features(example.luma, example.qindex)[size][here],
@@ -616,7 +599,7 @@ def _entered(examples, size, split):
         asked = (opened[size] > 0).any(-1) & example.inside[size]
         below = (opened[size // 2] > 0).any(-1)
         wins.append(np.minimum(_told(p, example.qindex) @ split, 1)[asked])
-        enters.append(_four_children(below)[asked] / 4)
+        enters.append(sum_of_children(below)[asked] / 4)
     wins, enters = np.concatenate(wins), np.concatenate(enters)
     loses = 1 - wins
     return float(np.clip(loses @ (enters - wins) / max(loses @ loses, 1e-9), 0, 1))
@@ -679,7 +662,7 @@ class DecisionModel:
             quiet = model.choices.tried[model.choices.words == 0][0]
             stock += float((seconds @ quiet).sum())
             levels[size] = DecisionLevel(model.choices, loss, seconds, split)
-            entered = _four_times(entered * (model.entered + (1 - model.entered) * split))
+            entered = for_children(entered * (model.entered + (1 - model.entered) * split))
         stock *= self.scale
         for level in levels.values():
             level.seconds /= stock

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OVERRIDE', 'TYPES', 'MaskTable', 'uniform_masks', 'masks_from_nodes', 'describe_masks', 'MaskPolicy',
            'masks_from_probabilities', 'MaskChoices', 'mask_choices', 'least_gaps', 'DecisionLevel', 'Decision',
-           'decide', 'masks_of_decisions']
+           'sum_of_children', 'for_children', 'reach_of', 'decide', 'masks_of_decisions']
 
 # %% ../nbs/27_masks.ipynb #2bf425db
 import math
@@ -431,18 +431,29 @@ class Decision:
     seconds: np.ndarray = field(repr=False)  # float [rows, columns] of the superblocks
 
 
-def _of_children(values):
-    "Sums over the four children of every node: [rows, columns] -> [rows/2, columns/2]."
+def sum_of_children(
+    values: np.ndarray,  # [rows, columns], one for each node, even numbers of both
+) -> np.ndarray:  # [rows/2, columns/2]
+    "Sums over the four children of every node."
     rows, cols = values.shape
     return values.reshape(rows // 2, 2, cols // 2, 2).sum((1, 3))
 
 
-def _reach(levels, sizes):
+def for_children(
+    values: np.ndarray,  # [rows, columns], one for each node
+) -> np.ndarray:  # [2·rows, 2·columns]
+    "The value of every node for its four children."
+    return values.repeat(2, 0).repeat(2, 1)
+
+
+def reach_of(
+    split: Mapping[int, np.ndarray],  # size -> [rows, columns]: probability that SPLIT wins
+) -> dict:  # size -> [rows, columns]
     "Probability that a node of each size is coded."
-    reach = {sizes[0]: np.ones_like(levels[sizes[0]].split)}
+    sizes = sorted(split, reverse=True)
+    reach = {sizes[0]: np.ones_like(split[sizes[0]])}
     for above, size in zip(sizes, sizes[1:]):
-        split = reach[above] * levels[above].split
-        reach[size] = split.repeat(2, 0).repeat(2, 1)
+        reach[size] = for_children(reach[above] * split[above])
     return reach
 
 
@@ -454,7 +465,7 @@ def decide(
     wherever it is allowed.
     """
     sizes = sorted(levels, reverse=True)
-    reach, chosen = _reach(levels, sizes), {}
+    reach, chosen = reach_of({size: level.split for size, level in levels.items()}), {}
     loss_below, seconds_below = 0.0, 0.0
     for size in reversed(sizes):
         level, split = levels[size], int(PartitionType.SPLIT)
@@ -467,7 +478,7 @@ def decide(
         chosen[size] = best
         loss, taken = (np.take_along_axis(a, best[..., None], -1)[..., 0] for a in (loss, taken))
         if size != sizes[0]:
-            loss_below, seconds_below = _of_children(loss), _of_children(taken)
+            loss_below, seconds_below = sum_of_children(loss), sum_of_children(taken)
     return Decision(chosen, loss, taken)
 
 # %% ../nbs/27_masks.ipynb #d0c1000f
