@@ -9,7 +9,6 @@ __all__ = ['SYSTEMS', 'ASKED_WITHIN', 'PLAN', 'System', 'content_of_groups', 'dr
            'type_table', 'sequence_table']
 
 # %% ../nbs/36_comparison.ipynb #e4b94951
-import json
 import math
 import os
 import re
@@ -23,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from .datasets import BlockSet, read_block_sets, versions, write_block_sets, write_stage3
-from .files import atomic_file, from_root, read_json, save_json
+from .files import as_json, atomic_file, from_root, make_folder, read_json, save_json
 from .heads import checkpoint_prefix, find_hierarchy, is_binary
 from av1nb.joint import (
     JointPredictor,
@@ -360,9 +359,8 @@ def prepare_division(
     "The blocks of one division, drawn once and kept."
     frames = [replace(frame, split=assignment[frame.name]) for frame in frames]
     if not (out / "block_16/metadata.json").is_file():
-        write_block_sets(
-            _made(out), frame_blocks(frames, each=plan["each"], seed=plan["division_seed"])
-        )
+        make_folder(out)
+        write_block_sets(out, frame_blocks(frames, each=plan["each"], seed=plan["division_seed"]))
     return read_block_sets(out), frames
 
 
@@ -394,7 +392,8 @@ def _counts_of(sets):
 # %% ../nbs/36_comparison.ipynb #30c8c79f
 def _run_system(system, place, dataset, sets, frames, seed, results, device):
     "Train and judge one system, in its folder; what is kept of it."
-    models = _made(place / "models")
+    models = place / "models"
+    make_folder(models)
     if system.asks == "joint":
         split_hash = sets["test"].split_hash
         model, stages = train_network(system, frames, models, split_hash, seed, device)
@@ -438,7 +437,8 @@ def compare_systems(
     divisions = draw_divisions(
         {group: content[group] for group in groups}, plan["parts"], seed=plan["division_seed"]
     )
-    out = _made(run / "results")
+    out = run / "results"
+    make_folder(out)
     for number, seed in enumerate(seeds):
         assignment = divisions[number % len(divisions)]
         dataset = run / f"seed_{seed}/dataset"
@@ -449,10 +449,10 @@ def compare_systems(
             done = place / "result.json"
             told = read_json(done) if done.is_file() else {}
             if (told.get("system"), told.get("split_hash")) != (
-                _as_json(asdict(system)),
+                as_json(asdict(system)),
                 sets["test"].split_hash,
             ):
-                told = _as_json(
+                told = as_json(
                     _run_system(system, place, dataset, sets, frames, seed, results, plan["device"])
                 )
                 save_json(told, done)
@@ -471,17 +471,6 @@ def compare_systems(
             )
             print(f"seed {seed}, {system.name}: {told['seconds']:.0f} s", flush=True)
     return out
-
-
-def _as_json(content):
-    "Content as a JSON file gives it back."
-    return json.loads(json.dumps(content))
-
-
-def _made(folder):
-    "A folder that is there now."
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 # %% ../nbs/36_comparison.ipynb #b83a7ea9
 @dataclass(eq=False)

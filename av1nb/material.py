@@ -12,7 +12,6 @@ __all__ = ['MATERIALS', 'FRAME_SIZES', 'PRESETS', 'LEVELS_OF_QUALITY', 'photon_n
 
 # %% ../nbs/22_material.ipynb #0e0acada
 import io
-import json
 import os
 import re
 import shutil
@@ -35,6 +34,7 @@ from .corpus import kind_of
 from .datasets import BlockSet, join_blocks
 from .encoding import Conditions, cq_level_of, encode, qindex_of
 from av1nb.files import (
+    as_json,
     atomic_file,
     make_folder,
     markdown_table,
@@ -779,12 +779,7 @@ def _finished(plan, out):
     if not path.is_file() or not path.with_suffix(".npz").is_file():
         return False
     stored = read_json(path, MaterialError, "Delete it and build again.")
-    return stored.get("plan") == _as_stored(plan)
-
-
-def _as_stored(plan):
-    "A plan as JSON gives it back."
-    return json.loads(json.dumps(asdict(plan)))
+    return stored.get("plan") == as_json(asdict(plan))
 
 
 def build_material(

@@ -16,7 +16,6 @@ __all__ = ['PREPARATION', 'PIPELINE_NOTEBOOKS', 'PIPELINE', 'NOTEBOOKS', 'HEADLE
 import contextlib
 import copy
 import hashlib
-import json
 import math
 import os
 import platform
@@ -34,6 +33,7 @@ import pandas as pd
 
 import av1nb
 from av1nb.files import (
+    as_json,
     atomic_file,
     from_root,
     inside,
@@ -557,7 +557,7 @@ def is_done(
     receipt = _read_receipt(run, name)
     return (
         all(inside(run, made, RunError).exists() for made in receipt["made"])
-        and receipt["parameters"] == json.loads(json.dumps(parameters))
+        and receipt["parameters"] == as_json(parameters)
         and receipt["code"] == code_hash(find_notebook(name))
     )
 
