@@ -21,7 +21,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from .datasets import BlockSet, read_block_sets, versions, write_block_sets, write_stage3
+from .datasets import read_block_sets, versions, write_block_sets, write_stage3
 from .files import as_json, atomic_file, from_root, make_folder, read_json, save_json
 from .heads import checkpoint_prefix, find_hierarchy, is_binary
 from av1nb.joint import (

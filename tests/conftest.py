@@ -40,6 +40,18 @@ def system_libaom():
 
 
 @pytest.fixture(scope="session")
+def encoder():
+    "The libaom with the hook; without one the test is skipped, and says why."
+    from av1nb.libaom import LibaomError
+    from av1nb.steering import load_encoder
+
+    try:
+        return load_encoder()
+    except LibaomError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def shared(tmp_path_factory, worker_id):
     "A folder that all processes of this test run have in common."
     base = tmp_path_factory.getbasetemp()

@@ -5,9 +5,6 @@ from, and the stage that learns from them.
 import json
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import av
 import numpy as np
@@ -17,16 +14,7 @@ from conftest import av1nb
 from av1nb import joint, steering
 from av1nb.partitions import LEVELS
 from av1nb.sample import load_sample
-from av1nb.libaom import LibaomError
 from av1nb.streams import read_trees
-
-
-@pytest.fixture(scope="module")
-def library():
-    try:
-        return steering.load_encoder()
-    except LibaomError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +37,7 @@ def video(tmp_path_factory):
     return path, luma
 
 
-def test_a_video_is_encoded_faster_and_decodes(library, video, tmp_path):
+def test_a_video_is_encoded_faster_and_decodes(encoder, video, tmp_path):
     path, luma = video
     said = av1nb(
         "encode",
@@ -75,7 +63,7 @@ def test_a_video_is_encoded_faster_and_decodes(library, video, tmp_path):
     assert saved < 100 and (tmp_path / "out.ivf").stat().st_size > 100
 
 
-def test_loading_is_told_apart_from_prediction(library, video, tmp_path):
+def test_loading_is_told_apart_from_prediction(encoder, video, tmp_path):
     said = av1nb("encode", video[0], "--out", tmp_path / "out.ivf", "--no-compare").stdout
     without, with_it, loading = map(
         float,
@@ -103,7 +91,7 @@ def test_a_second_encode_of_the_size_waits_for_nothing(video):
         (("--speed", "2", "--policies", "POLICIES"), "no tuned policies for speed 2"),
     ],
 )
-def test_what_cannot_be_done_is_said_and_leaves_nothing(library, video, tmp_path, options, message):
+def test_what_cannot_be_done_is_said_and_leaves_nothing(encoder, video, tmp_path, options, message):
     steering.save_policies({}, tmp_path / "p.json")
     options = [str(tmp_path / "p.json") if o == "POLICIES" else o for o in options]
     (tmp_path / "out").mkdir()
@@ -152,7 +140,7 @@ def test_the_shipped_network_and_policies_belong_together():
     )
 
 
-def test_a_network_learns_from_recorded_costs(library, tmp_path):
+def test_a_network_learns_from_recorded_costs(encoder, tmp_path):
     """Two small sequences: their costs are recorded once, and the stage trains and reports regret
     on them.
     """

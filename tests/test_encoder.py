@@ -33,15 +33,6 @@ BUILD = Path(__file__).parent.parent / "libaom" / "build.py"
 COLUMNS = ["frame", "size", "row", "col", "type"]
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    "The library with the hook."
-    try:
-        return load_encoder()
-    except LibaomError as error:
-        pytest.skip(str(error))
-
-
 def scene(width, height, frames=1, seed=3):
     return [synthetic_picture(width, height, seed, 3.0 * n) for n in range(frames)]
 

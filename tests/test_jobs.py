@@ -20,7 +20,6 @@ from PIL import Image
 from av1nb import corpus, jobs, steering
 from av1nb.costs import SearchLog
 from av1nb.encoding import synthetic_picture
-from av1nb.libaom import LibaomError
 from av1nb.masks import MaskPolicy, masks_from_nodes
 from test_imports import in_new_process
 
@@ -115,14 +114,6 @@ def test_a_corpus_is_the_same_although_a_worker_dies(scheduler, sources, alone, 
     assert killed and contents(tmp_path / "corpus") == contents(alone)
 
 
-@pytest.fixture(scope="module")
-def hook():
-    try:
-        return steering.load_encoder()
-    except LibaomError as error:
-        pytest.skip(str(error))
-
-
 def planes_of(seed):
     return [
         tuple(
@@ -143,7 +134,7 @@ def deadly(flag, luma, qindex, stock):
     return own_tree(luma, qindex, stock)
 
 
-def test_the_closed_loop_is_the_same_although_a_worker_dies(hook, scheduler, tmp_path):
+def test_the_closed_loop_is_the_same_although_a_worker_dies(encoder, scheduler, tmp_path):
     "Stock, an oracle and a network's masks: the bytes of every encode, each job once."
     policy, weights = MaskPolicy({64: 0.5, 32: 0.5, 16: 0.5, 8: 0.5}), steering.shipped_weights()
     follow, flag = partial(steering.follow_network, str(weights), policy), tmp_path / "died"
@@ -176,7 +167,7 @@ def recorded(seed, out, flag):
     return steering.record_costs(planes_of(seed), out / f"p{seed}", (128, 220), cpu_used=5)
 
 
-def test_costs_are_the_same_although_a_worker_dies(hook, scheduler, tmp_path):
+def test_costs_are_the_same_although_a_worker_dies(encoder, scheduler, tmp_path):
     flag, logs = tmp_path / "died", {}
     for name, where in (("cluster", dict(scheduler=scheduler)), ("alone", dict(jobs=1))):
         out = tmp_path / name
