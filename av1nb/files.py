@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DISK_FULL', 'disk_full', 'make_folder', 'remove_empty', 'atomic_file', 'write_bytes', 'replace_folder', 'repository',
-           'from_root', 'sha256', 'sha256_of_file', 'save_json', 'as_json', 'read_json', 'require_fields', 'Journal',
+           'from_root', 'sha256', 'sha256_of_file', 'save_json', 'read_json', 'require_fields', 'as_json', 'Journal',
            'markdown_table', 'require_name', 'inside', 'unpack_tar_xz', 'require_small_zip', 'read_tensors']
 
 # %% ../nbs/00_files.ipynb #b0baeca0
@@ -171,16 +171,6 @@ def save_json(
     return write_bytes(path, (text + "\n").encode())
 
 
-def as_json(
-    content: Any,  # of plain Python values
-) -> Any:  # tuples as lists, names of entries as texts
-    """Content as a JSON file gives it back, to be compared with what one holds.
-
-    Raises `TypeError` for what JSON cannot say.
-    """
-    return json.loads(json.dumps(content))
-
-
 def read_json(
     path: str | os.PathLike,  # JSON file
     error: type[Exception] = ValueError,  # raised for a file that is damaged
@@ -219,6 +209,16 @@ def require_fields(
         ):
             raise error(f"{where}: {name!r} is {str(content[name])[:40]!r}, which it cannot be.")
     return content
+
+# %% ../nbs/00_files.ipynb #8833697e
+def as_json(
+    content: Any,  # of plain Python values
+) -> Any:  # tuples as lists, names of entries as texts
+    """Content as a JSON file gives it back, to be compared with what one holds.
+
+    Raises `TypeError` for what JSON cannot say.
+    """
+    return json.loads(json.dumps(content))
 
 # %% ../nbs/00_files.ipynb #4062d210
 class Journal(dict):

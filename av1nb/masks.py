@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OVERRIDE', 'TYPES', 'MaskTable', 'uniform_masks', 'masks_from_nodes', 'describe_masks', 'MaskPolicy',
-           'masks_from_probabilities', 'MaskChoices', 'mask_choices', 'least_gaps', 'DecisionLevel', 'Decision',
-           'sum_of_children', 'for_children', 'reach_of', 'decide', 'masks_of_decisions']
+           'masks_from_probabilities', 'MaskChoices', 'mask_choices', 'least_gaps', 'sum_of_children', 'for_children',
+           'reach_of', 'DecisionLevel', 'Decision', 'decide', 'masks_of_decisions']
 
 # %% ../nbs/27_masks.ipynb #2bf425db
 import math
@@ -408,29 +408,7 @@ def least_gaps(
         found[..., allowed] = np.minimum(found[..., allowed], gaps[..., [ptype]])
     return found
 
-# %% ../nbs/27_masks.ipynb #d0c10008
-@dataclass(eq=False)
-class DecisionLevel:
-    "What is known of the nodes of one size, of whole superblocks."
-
-    choices: MaskChoices  # what they may choose
-    # float [rows, columns, choices]: cost that a choice is expected to lose where the node is
-    # coded, without what is lost below it
-    loss: np.ndarray = field(repr=False)
-    # float [rows, columns, 10]: seconds of a trial of each type; of SPLIT without what is below
-    seconds: np.ndarray = field(repr=False)
-    split: np.ndarray = field(repr=False)  # float [rows, columns]: probability that SPLIT wins
-
-
-@dataclass(eq=False)
-class Decision:
-    "The best choice of every node, and what the superblocks are expected to lose and to take."
-
-    chosen: dict = field(repr=False)  # size -> int [rows, columns], number of the choice
-    loss: np.ndarray = field(repr=False)  # float [rows, columns] of the superblocks
-    seconds: np.ndarray = field(repr=False)  # float [rows, columns] of the superblocks
-
-
+# %% ../nbs/27_masks.ipynb #2bf3aaa3
 def sum_of_children(
     values: np.ndarray,  # [rows, columns], one for each node, even numbers of both
 ) -> np.ndarray:  # [rows/2, columns/2]
@@ -455,6 +433,28 @@ def reach_of(
     for above, size in zip(sizes, sizes[1:]):
         reach[size] = for_children(reach[above] * split[above])
     return reach
+
+# %% ../nbs/27_masks.ipynb #d0c10008
+@dataclass(eq=False)
+class DecisionLevel:
+    "What is known of the nodes of one size, of whole superblocks."
+
+    choices: MaskChoices  # what they may choose
+    # float [rows, columns, choices]: cost that a choice is expected to lose where the node is
+    # coded, without what is lost below it
+    loss: np.ndarray = field(repr=False)
+    # float [rows, columns, 10]: seconds of a trial of each type; of SPLIT without what is below
+    seconds: np.ndarray = field(repr=False)
+    split: np.ndarray = field(repr=False)  # float [rows, columns]: probability that SPLIT wins
+
+
+@dataclass(eq=False)
+class Decision:
+    "The best choice of every node, and what the superblocks are expected to lose and to take."
+
+    chosen: dict = field(repr=False)  # size -> int [rows, columns], number of the choice
+    loss: np.ndarray = field(repr=False)  # float [rows, columns] of the superblocks
+    seconds: np.ndarray = field(repr=False)  # float [rows, columns] of the superblocks
 
 
 def decide(
