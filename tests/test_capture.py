@@ -1,0 +1,81 @@
+"A compiled step does what a plain one does, in the joint network and in stage 1 of v6."
+
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from av1nb import datasets, frames, heads, losses, recipes, training
+from av1nb.partitions import V6, random_tree
+
+
+def can_compile():
+    "Whether torch.compile finds a compiler of C++ that works, asked in a process of its own."
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        return False
+    code = "import torch; print(torch.compile(lambda x: x.sin() + 1)(torch.zeros(9)).sum())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.returncode == 0
+
+
+pytestmark = pytest.mark.skipif(
+    not can_compile(), reason="torch.compile needs a C++ compiler (g++) and the headers of Python"
+)
+
+
+def joint_trainer(capture):
+    training.set_seed(1)
+    rng = np.random.default_rng(1)
+    pictures = [
+        SimpleNamespace(
+            name=name,
+            luma=rng.integers(0, 1024, (1, 128, 128), dtype=np.uint16),
+            nodes={80: random_tree(128, 128, seed=number).assign(frame=0, qindex=80)},
+        )
+        for number, name in enumerate(("one", "two"))
+    ]
+    crops = frames.FrameSet(pictures, 64)
+    model = heads.JointModel(widths=(16, 16, 16, 16), depths=(0, 1, 1, 1), dropout=0.0)
+    config = training.TrainConfig(batch_size=4, device="cpu", capture=capture, lr_head=1e-3)
+    batches = frames.CropBatches(crops, 4), frames.TileBatches(crops, 4)
+    parts = losses.TreeLikelihood(), None, config, lambda backbone: [backbone]
+    return training.Trainer(model, *batches, *parts)
+
+
+def stage_trainer(capture):
+    training.set_seed(1)
+    rng = np.random.default_rng(1)
+    labels = torch.arange(32) % 2
+    samples = torch.from_numpy(rng.integers(0, 1024, (32, 1, 16, 16), dtype=np.uint16))
+    recipe = recipes.recipe_for("v6", "stage1")
+    model = heads.build_model("v6", "stage1")
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Dropout, torch.nn.Dropout2d)):
+            module.p = 0.0  # a compiled dropout draws other numbers
+    augment = recipes.make_augmentation(recipe, V6, "stage1")
+    batches = datasets.Batches(samples, labels, 16, shuffle=True, augment=augment)
+    objective = recipes.make_objective(recipe, torch.bincount(labels), model, V6)
+    config = training.TrainConfig(batch_size=16, device="cpu", capture=capture)
+    return training.Trainer(model, batches, batches, objective, None, config)
+
+
+@pytest.mark.parametrize("make", [joint_trainer, stage_trainer])
+def test_a_compiled_step_is_the_plain_one_within_rounding(make):
+    found = {}
+    for capture in ("off", "compile"):
+        trainer = make(capture)
+        assert (trainer.running is trainer.model) == (capture == "off")
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        row = trainer.train_epoch(1, training.NoBar())
+        after = [p.detach() for p in trainer.model.parameters()]
+        moved = torch.cat([(b - a).flatten() for a, b in zip(before, after)])
+        found[capture] = row["train_loss"], moved
+    (plain_loss, plain), (loss, compiled) = found["off"], found["compile"]
+    assert loss == pytest.approx(plain_loss, rel=1e-4)
+    assert plain.norm() > 0
+    # AdamW divides by the size of a gradient: where it is almost nothing, rounding moves the step
+    assert (compiled - plain).norm() < 0.02 * plain.norm()
