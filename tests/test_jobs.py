@@ -240,6 +240,15 @@ def test_a_scheduler_that_cannot_be_reached_is_one_sentence(sources, tmp_path):
     assert sentence.startswith(f"av1nb run: The scheduler {nobody} cannot be reached within 5 s")
 
 
+@pytest.mark.parametrize("stage", ["build_material", "build_costs", "012_tune_masks"])
+def test_every_stage_that_encodes_says_so(stage, tmp_path):
+    nobody = f"tcp://127.0.0.1:{free_port()}"
+    done = av1nb("run", stage, "--run-dir", tmp_path / "r", "--scheduler", nobody, check=False)
+    [sentence] = [line for line in done.stderr.splitlines() if nobody in line]
+    assert sentence.startswith(f"av1nb run: The scheduler {nobody} cannot be reached")
+    assert done.returncode == 1 and not (tmp_path / "r").exists()
+
+
 def test_a_scheduler_that_goes_away_is_one_sentence():
     address = f"tcp://127.0.0.1:{free_port()}"
     commands = (
