@@ -385,6 +385,4 @@ def run_jobs(
         ended = _on_cluster(tasks, run, address, SAME | dict(same), writes, reads)
     else:
         ended = _on_this_machine(tasks, run, jobs)
-    from tqdm import tqdm  # where nothing is run it need not be installed
-
     yield from tqdm(ended, total=len(tasks), desc=what, mininterval=5, disable=not progress)

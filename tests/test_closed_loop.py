@@ -182,6 +182,14 @@ def test_a_network_learns_from_recorded_costs(encoder, tmp_path):
     assert {row["qindex"] for row in found["regret"]} == {"all", 172}
     _, content = joint.JointModel.load(run / "models/regret_model_best.pt")
     assert content["provenance"]["objective"]["temperature"] == 0.005
+    with pytest.raises(runs.RunError, match="capture='graph' needs a CUDA device"):
+        runs.run_notebooks(
+            ["011_regret"],
+            run,
+            {"seed": 1, "device": "cpu", "capture": "graph", "name": "captured"},
+            {"011_regret": {"costs": str(tmp_path / "costs"), "epochs": 1}},
+            quiet=True,
+        )
     shutil.rmtree(tmp_path / "costs")
     with pytest.raises(runs.RunError, match="make them with build_costs"):
         runs.run_notebooks(

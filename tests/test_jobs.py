@@ -17,7 +17,7 @@ from conftest import av1nb
 from joblib import delayed
 from PIL import Image
 
-from av1nb import corpus, jobs, steering
+from av1nb import corpus, jobs, runs, steering
 from av1nb.costs import SearchLog
 from av1nb.encoding import synthetic_picture
 from av1nb.masks import MaskPolicy, masks_from_nodes
@@ -247,6 +247,16 @@ def test_every_stage_that_encodes_says_so(stage, tmp_path):
     [sentence] = [line for line in done.stderr.splitlines() if nobody in line]
     assert sentence.startswith(f"av1nb run: The scheduler {nobody} cannot be reached")
     assert done.returncode == 1 and not (tmp_path / "r").exists()
+
+
+def test_the_closed_loop_says_so_before_it_prepares_anything(tmp_path, monkeypatch):
+    nobody = f"tcp://127.0.0.1:{free_port()}"
+    monkeypatch.setenv(jobs.SCHEDULER, nobody)
+    record = runs.notebooks_folder().parent / "thesis/closed_loop.ipynb"
+    asked = {"run_dir": str(tmp_path / "run"), "out": str(tmp_path / "out")}
+    with pytest.raises(runs.RunError, match=f"The scheduler {nobody} cannot be reached"):
+        runs.run_notebook(record, tmp_path / "notebooks/closed_loop.ipynb", asked, quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notebooks"]
 
 
 def test_a_scheduler_that_goes_away_is_one_sentence():

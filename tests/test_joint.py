@@ -38,6 +38,18 @@ def joint_run(tmp_path_factory):
     return run
 
 
+def test_the_stage_hands_on_how_a_step_is_captured(joint_run, tmp_path):
+    asked = {"capture": "graph", "name": "captured", "epochs": 1, "device": "cpu"}
+    with pytest.raises(runs.RunError, match="capture='graph' needs a CUDA device, but this is cpu"):
+        runs.run_notebook(
+            runs.find_notebook("010_joint"),
+            tmp_path / "captured.ipynb",
+            asked | {"run_dir": str(joint_run.path)},
+            quiet=True,
+        )
+    assert not list((joint_run / "models").glob("captured*"))
+
+
 def test_stage_writes_what_a_comparison_reads(joint_run):
     row, full = runs.read_result(joint_run.path)
     assert row["parameters"] <= 1_500_000
