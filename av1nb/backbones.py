@@ -749,6 +749,8 @@ class ModulatedResidual(nn.Module):
         if separable:
             self.first = ModulatedConv(channels, channels, 5, groups=channels, active=False)
             self.second = ModulatedConv(channels, channels, 1, condition=condition)
+            # where crops are too small to teach a tap what a neighbour means, it says nothing
+            nn.init.dirac_(self.first.conv.weight, channels)
         else:
             self.first = ModulatedConv(channels, channels, condition=condition)
             self.second = ModulatedConv(channels, channels, active=False)
@@ -800,6 +802,7 @@ class JointLayers(nn.Module):
         context: bool = True,  # False: each superblock is looked at by itself, for comparison
         # True: mode, preset, superblock and class of size are told, too; False: taken but ignored
         conditions: bool = False,
+        chroma: bool = False,  # True: chroma is seen, too
         superblock: int = 64,  # 128: features of nodes of 128×128, too
     ):
         super().__init__()
@@ -808,7 +811,7 @@ class JointLayers(nn.Module):
         w4, w8, w16, w32 = widths
         self.widths, self.depths, self.dropout = tuple(widths), tuple(depths), dropout
         self.qindex, self.context = qindex, context
-        self.conditions, self.superblock = conditions, superblock
+        self.conditions, self.superblock, self.chroma = conditions, superblock, chroma
         # log gain at qindex 0, and its change up to 255
         self.gain = nn.Parameter(torch.tensor([[3.0, -3.0], [3.0, 0.0]]))
         self.condition = nn.Sequential(
@@ -823,7 +826,7 @@ class JointLayers(nn.Module):
                 ModulatedResidual(width, condition, dropout, separable) for _ in range(depth)
             )
 
-        self.stem = ModulatedConv(34, w4, condition=condition)
+        self.stem = ModulatedConv(54 if chroma else 34, w4, condition=condition)
         self.at4 = blocks(w4, depths[0])
         self.to8 = ModulatedConv(w4, w8, stride=2, condition=condition)
         self.at8 = blocks(w8, depths[1])
@@ -836,6 +839,9 @@ class JointLayers(nn.Module):
         self.at64 = blocks(w32, depths[3], True)
         if superblock == 128:
             self.to128 = ModulatedConv(w32, w32, **coarse)
+            # these taps look beyond the superblock, which crops of one superblock cannot teach
+            nn.init.zeros_(self.to128.conv.weight[:, :, 0])
+            nn.init.zeros_(self.to128.conv.weight[:, :, :, 0])
             self.at128 = blocks(w32, depths[3], True)
             self.up64 = nn.Conv2d(w32, w32, 1)
             self.merge64 = ModulatedResidual(w32, condition, dropout, True)
@@ -852,12 +858,25 @@ class JointLayers(nn.Module):
         return ({128: w32} if self.superblock == 128 else {}) | {64: w32, 32: w32, 16: w16, 8: w8}
 
 # %% ../nbs/12_backbones.ipynb #5d653acf
+def _details(plane, side):
+    """How pixels depart from the mean of their cell of side², and the means from those around:
+    [B, side² + 1, H/side, W/side].
+    """
+    cells = nn.functional.pixel_unshuffle(plane, side)
+    mean = cells.mean(1, keepdim=True)
+    down = nn.functional.avg_pool2d(mean, (9, 1), 1, (4, 0), count_include_pad=False)
+    # a window of 9×9, columns first, then rows
+    relief = mean - nn.functional.avg_pool2d(down, (1, 9), 1, (0, 4), count_include_pad=False)
+    return torch.cat([cells - mean, relief], 1)
+
+
 class JointInputs(JointLayers):
     "The joint network up to its first layer: quantiser and pixels as it sees them."
 
     def settings(self) -> dict:
         "What this backbone was built with, in plain values."
         names = ("widths", "depths", "dropout", "qindex", "context", "conditions", "superblock")
+        names += ("chroma",) if self.chroma else ()  # checkpoints of before do not know it
         values = (getattr(self, name) for name in names)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in zip(names, values)}
 
@@ -895,16 +914,16 @@ class JointInputs(JointLayers):
 
     def inputs(
         self,
-        x: torch.Tensor,  # float [B,1,H,W] in [0,1]
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1], or [B,3,H,W] with chroma doubled
         scaled: torch.Tensor,  # of `scaled`
     ) -> torch.Tensor:
-        "The 34 channels [B,34,H/4,W/4] that the first layer sees."
-        cells = nn.functional.pixel_unshuffle(x, 4)
-        mean = cells.mean(1, keepdim=True)
-        down = nn.functional.avg_pool2d(mean, (9, 1), 1, (4, 0), count_include_pad=False)
-        # a window of 9×9, columns first, then rows
-        relief = mean - nn.functional.avg_pool2d(down, (1, 9), 1, (0, 4), count_include_pad=False)
-        values = torch.cat([cells - mean, relief], 1)
+        """The channels [B,34,H/4,W/4] that the first layer sees: 17 of the luma, each with two
+        gains; with chroma 20 more, of 5 for either plane.
+        """
+        values = _details(x[:, :1], 4)
+        if self.chroma:
+            planes = x[:, 1:, ::2, ::2]
+            values = torch.cat([values, *(_details(planes[:, k : k + 1], 2) for k in (0, 1))], 1)
         gains = torch.exp(self.gain[:, :1] + self.gain[:, 1:] * scaled)[:, :, None, None, None]
         # of a folded copy perhaps bfloat16: half as much to put in order
         dtype = self.stem.conv.weight.dtype
@@ -913,12 +932,14 @@ class JointInputs(JointLayers):
         )
 
 # %% ../nbs/12_backbones.ipynb #39d1b1a9
-def _require_frames(x, side):
-    superblocks = x.ndim == 4 and x.shape[1] == 1 and not (x.shape[2] % side or x.shape[3] % side)
+def _require_frames(x, side, chroma=False):
+    planes = 3 if chroma else 1
+    superblocks = x.ndim == 4 and x.shape[1] == planes
+    superblocks = superblocks and not (x.shape[2] % side or x.shape[3] % side)
     if not superblocks or not x.is_floating_point():
         raise ValueError(
-            f"JointBackbone takes float frames [batch, 1, height, width] in whole {side}×{side}"
-            f" superblocks, but got {x.dtype} {list(x.shape)}"
+            f"JointBackbone takes float frames [batch, {planes}, height, width] in whole"
+            f" {side}×{side} superblocks, but got {x.dtype} {list(x.shape)}"
         )
 
 
@@ -928,9 +949,10 @@ def _double(x):
 
 def _each_superblock(maps, x, told, side):
     "What `maps` gives where each superblock is a picture of its own, put together again."
-    b, _, h, w = x.shape
+    b, planes, h, w = x.shape
     rows, cols = h // side, w // side
-    tiles = x.reshape(b, rows, side, cols, side).transpose(2, 3).reshape(-1, 1, side, side)
+    tiles = x.reshape(b, planes, rows, side, cols, side).permute(0, 2, 4, 1, 3, 5)
+    tiles = tiles.reshape(-1, planes, side, side)
     features = maps(tiles, told.repeat_interleave(rows * cols, 0))
     return {
         size: (
@@ -954,10 +976,13 @@ class JointBackbone(JointInputs):
 
     def forward(
         self,
-        x: torch.Tensor,  # float [B,1,H,W] in [0,1], H and W multiples of 64
+        # float [B,1,H,W] in [0,1], H and W multiples of 64; with chroma [B,3,H,W], Cb and Cr
+        # doubled
+        # to the size of the luma
+        x: torch.Tensor,
         qindex: torch.Tensor,  # [B], 0–255, or conditions [B,5]
     ) -> dict[int, torch.Tensor]:
-        _require_frames(x, self.superblock)
+        _require_frames(x, self.superblock, self.chroma)
         if not self.context:
             return _each_superblock(self.maps, x, qindex, self.superblock)
         return self.maps(x, qindex)

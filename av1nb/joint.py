@@ -36,6 +36,7 @@ from av1nb.frames import (
     check_frame,
     numbered,
     pad_frame,
+    padded_chroma,
     recorded_pictures,
     split_pictures,
 )
@@ -217,6 +218,7 @@ class JointRecipe:
     power: float = 1.0  # below 1 small frames are seen more often than their share of superblocks
     # share of the crops that are drawn by their nodes of 16×16 and teach only the levels 16 and 8
     detail: float = 0.0
+    chroma: bool = False  # True: the network sees the chroma at half resolution, too
     context: bool = True  # False: every superblock is looked at by itself
     flat: bool = False  # True: one softmax over ten types instead of the hierarchy
     # channels at 1/4, 1/8, 1/16, and at 1/32 and 1/64 of the resolution
@@ -242,7 +244,7 @@ def _config_of(recipe):
 
 def _network_settings(recipe):
     "Settings of `JointModel` that a recipe asks for."
-    names = ("flat", "qindex", "conditions", "context", "dropout", "widths", "depths")
+    names = ("flat", "qindex", "conditions", "chroma", "context", "dropout", "widths", "depths")
     return {name: getattr(recipe, name) for name in names}
 
 
@@ -364,7 +366,13 @@ def train_frames(
     levels = LARGE_LEVELS if len(weights) == len(LARGE_LEVELS) else LEVELS
     device = pick_device(recipe.device)  # of this process, where all frames then are
     train, val = (
-        FrameSet([f for f in frames if f.split == split], recipe.side, device, levels=levels)
+        FrameSet(
+            [f for f in frames if f.split == split],
+            recipe.side,
+            device,
+            levels=levels,
+            chroma=recipe.chroma,
+        )
         for split in ("train", "val")
     )
     return train_joint(
@@ -475,6 +483,11 @@ class JointPredictor:
         model, content = JointModel.load(path or shipped_weights(), split_hash)
         return cls(model, split_hash=content.get("split_hash"), **options)
 
+    @property
+    def chroma(self) -> bool:
+        "Whether the network must be given chroma."
+        return self.model.backbone.chroma
+
     def _model(self, told):
         "Backbone and head for one qindex, or the numbers of one set of conditions."
         if told not in self._ready:
@@ -528,16 +541,26 @@ class JointPredictor:
             qindex = Conditions(int(qindex), lines=min(luma.shape))
         return qindex.numbers if self.model.backbone.conditions else qindex.qindex
 
-    def _cells(self, luma, qindex):
+    def _pixels(self, luma, chroma):
+        "What the network sees of a frame: float [1,1,H,W], with chroma [1,3,H,W]."
+        # half the bytes of floats travel
+        sent = torch.from_numpy(pad_frame(luma, block=self.levels[0]).view(np.int16))
+        x = sent.to(self.device).float().div_(1023)[None, None]
+        if not self.chroma:
+            return x
+        where = "the network sees chroma; this frame"
+        padded = padded_chroma(chroma, luma.shape, x.shape[2:], where)
+        colours = torch.from_numpy(padded.view(np.int16)).to(self.device).float().div_(1023)[None]
+        return torch.cat([x, torch.nn.functional.interpolate(colours, scale_factor=2)], 1)
+
+    def _cells(self, luma, qindex, chroma=None):
         """Logits [cells, 13 or 10] as they leave the network, and their place of every size: slice,
         rows, columns.
         """
         check_frame(luma)
         told = self._told(qindex, luma)
         backbone, head = self._model(told)
-        # half the bytes of floats travel
-        sent = torch.from_numpy(pad_frame(luma, block=self.levels[0]).view(np.int16))
-        x = sent.to(self.device).float().div_(1023)[None, None]
+        x = self._pixels(luma, chroma)
         q = torch.tensor([told], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             out = head(backbone(x, q))[0]
@@ -565,9 +588,10 @@ class JointPredictor:
         self,
         luma: np.ndarray,  # uint16 [H, W], 10-bit
         qindex: int | Conditions,  # 0–255, or all that is known of the encode
+        chroma: np.ndarray | None = None,  # as `maps` takes it
     ) -> dict:  # size → float32 [rows, columns, 13 or 10] of the padded frame
         "What the network says, before legality."
-        out, places = self._cells(luma, qindex)
+        out, places = self._cells(luma, qindex, chroma)
         out = out.float().cpu()
         grids = {
             size: out[cells].reshape(rows, columns, -1)
@@ -575,7 +599,7 @@ class JointPredictor:
         }
         return self._cut(grids, qindex, luma.shape)
 
-    def _probabilities(self, luma, qindex):
+    def _probabilities(self, luma, qindex, chroma=None):
         "Probabilities [10, cells] on the device, and places as of `_cells`."
         if isinstance(luma, np.ndarray) and luma.dtype == np.uint8 and luma.ndim == 2:
             warnings.warn(
@@ -584,7 +608,7 @@ class JointPredictor:
                 stacklevel=3,
             )
             luma = luma.astype(np.uint16) << 2
-        out, places = self._cells(luma, qindex)
+        out, places = self._cells(luma, qindex, chroma)
         self._warm.add((*luma.shape[::-1], qindex))
         legal, outside = self._legal(*luma.shape[::-1], qindex)
         # one plane a logit, all levels in one pass
@@ -599,14 +623,17 @@ class JointPredictor:
         # `Conditions`,
         # the class that of the frame itself
         qindex: int | Conditions,
+        # uint16 [2, H/2, W/2], 10-bit Cb and Cr: for a network that sees them; others ignore it
+        chroma: np.ndarray | None = None,
         # size → float32 [rows, columns, 10] of the padded frame; a node's probabilities add up to
         # 1, all are 0 outside the frame. Of 128 only for conditions with superblocks of 128
     ) -> dict:
         """Probabilities of the types of every node that could exist.
 
-        Raises `ValueError` for what is no 10-bit frame and for a qindex outside 0–255.
+        Raises `ValueError` for what is no 10-bit frame, for a qindex outside 0–255 and, from a
+        network that sees chroma, where there is none.
         """
-        p, places = self._probabilities(luma, qindex)
+        p, places = self._probabilities(luma, qindex, chroma)
         p = p.cpu()
         grids = {
             size: p[:, cells].t().contiguous().reshape(rows, columns, 10).numpy()
@@ -619,13 +646,14 @@ class JointPredictor:
         self,
         luma: np.ndarray,  # as `maps` takes it
         qindex: int | Conditions,  # as `maps` takes it
+        chroma: np.ndarray | None = None,  # as `maps` takes it
     ) -> pd.DataFrame:  # node table, as `decode_tree` gives it
         """The greedy tree: what `decode_tree` makes of `maps`, with the most probable types found
         on the device, so that one number of each node comes back and not ten.
 
         Raises as `maps` does.
         """
-        p, places = self._probabilities(luma, qindex)
+        p, places = self._probabilities(luma, qindex, chroma)
         top, types = p.max(0)
         found = types.to(torch.int8).cpu().numpy().astype(np.int64), top.cpu().numpy()
         types, top = (
@@ -653,7 +681,8 @@ class JointPredictor:
         if (width, height, qindex) in self._warm:
             return 0.0
         started = time.process_time()
-        self.maps(np.zeros((height, width), np.uint16), qindex)
+        grey = np.full((2, -(-height // 2), -(-width // 2)), 512, np.uint16)
+        self.maps(np.zeros((height, width), np.uint16), qindex, grey)
         return time.process_time() - started
 
 # %% ../nbs/24_joint.ipynb #aca39f21
@@ -980,7 +1009,7 @@ def material_answers(
     for number in np.unique(recording):
         here, frame = recording == number, frame_of[blocks.recording_names[number]]
         told = frame.conditions if conditions else frame.conditions.qindex
-        grid = predictor.maps(frame.luma[0], told)[blocks.size]
+        grid = predictor.maps(frame.luma[0], told, frame.chroma)[blocks.size]
         probabilities[here] = grid[row[here] // blocks.size, col[here] // blocks.size]
     return probabilities
 

@@ -47,6 +47,8 @@ class WholeFrame:
     # node table and RD costs [nodes, 10] of a search, NaN where not tried; None: not recorded
     costs: tuple | None = field(repr=False, default=None)
     pictures: str = "source"  # or "decoded": `luma` has gone through the encoder already
+    # uint16 [2, H/2, W/2], 10 bits, for networks that see it; None: not known
+    chroma: np.ndarray | None = field(repr=False, default=None)
 
 
 def material_frames(
@@ -66,6 +68,7 @@ def material_frames(
                     nodes[nodes["frame"] == number],
                     {what: t[t["frame"] == number] for what, t in frame.repeats.items()},
                     costs.get(qindex),
+                    chroma=frame.chroma if len(frame.luma) == 1 else None,
                 )
 
 # %% ../nbs/25_whole_frames.ipynb #11286217
@@ -100,9 +103,10 @@ def frame_answers(
         if (here := sizes == predictor.size).any():
             p[here] = node_answers(predictor, frame.luma, nodes[here])[1]
         return p
+    seen = [frame.chroma] if getattr(predictor, "chroma", False) else []
     # with delta-q a frame has many quantisers, and one set of maps for each
     for qindex, of_quantiser in nodes.groupby("qindex").indices.items():
-        maps = predictor.maps(frame.luma, replace(frame.conditions, qindex=int(qindex)))
+        maps = predictor.maps(frame.luma, replace(frame.conditions, qindex=int(qindex)), *seen)
         for size, grid in maps.items():
             here = of_quantiser[sizes[of_quantiser] == size]
             p[here] = grid[rows[here] // size, cols[here] // size]
