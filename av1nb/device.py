@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'DeviceError', 'write_archive', 'open_archive', 'Bench', 'matrix_rate', 'joint_trainer', 'stage_trainer',
-           'step_row', 'profile_row', 'inference_rows', 'measure', 'goals', 'train', 'as_markdown', 'main']
+           'step_row', 'profile_row', 'inference_rows', 'measure', 'goals', 'planned', 'train', 'as_markdown', 'main']
 
 # %% ../nbs/37_device.ipynb #96af49dd
 import argparse
@@ -49,6 +49,7 @@ from av1nb.recipes import (
     start_of,
     train_config,
     train_stage,
+    training_batches,
 )
 from .training import Trainer, Waits, has_bf16, pick_device, set_seed, timed_batches
 
@@ -487,6 +488,31 @@ def goals(
     return found
 
 # %% ../nbs/37_device.ipynb #a59f3252
+def _network(joint, **settings):
+    "Recipe of the joint network."
+    return joint_recipe(**MATERIAL | dict(epochs=12) | settings | (joint or {}))
+
+
+def planned(
+    folder: str | Path,  # of a set of whole frames
+    sets: dict,  # split → BlockSet, of its frames
+    joint: dict | None = None,  # fields of `JointRecipe` that differ
+    **changes,  # fields of `Recipe` that differ in every stage of v6
+) -> list[dict]:  # of each training: name, epochs, steps
+    "The steps of `train`, if no training stops early and all is still to be done."
+    recipe = _network(joint)
+    crops = FrameSet(load_material(folder, ["train"]), recipe.side, levels=LARGE_LEVELS)
+    batches = {"joint": (recipe.epochs, CropBatches(crops, recipe.batch_size))}
+    for stage in V6.stage_names:
+        own = recipe_for(V6, stage, members=1, **changes)
+        blocks = stage_data(None, V6, stage, sets=sets)["train"]
+        batches[f"v6 {stage}"] = own.epochs, training_batches(*blocks, V6, stage, own, device="cpu")
+    return [
+        {"training": name, "epochs": epochs, "steps": epochs * len(own)}
+        for name, (epochs, own) in batches.items()
+    ]
+
+# %% ../nbs/37_device.ipynb #7c1e52d0
 def train(
     folder: str | Path,  # of a set of whole frames
     out: str | Path,  # folder for the checkpoints; what is finished there is not done again
@@ -497,14 +523,18 @@ def train(
     joint: dict | None = None,  # fields of `JointRecipe` that differ
     **changes,  # fields of `Recipe` that differ in every stage of v6
 ) -> list[dict]:  # of each training: name, epochs, seconds, best score and its epoch
-    "Train the joint network and v6. Raises as `train_material` and `train_stage` do."
+    """Train the joint network and v6, and say beforehand how many steps that are. Raises as
+    `train_material` and `train_stage` do.
+    """
     until, rows = time.perf_counter() + 60 * minutes, []
     capture = capture or ("graph" if pick_device(device).type == "cuda" else "off")
-    settings = dict(epochs=12) | MATERIAL | dict(device=device, seed=seed, capture=capture)
-    recipe = joint_recipe(**settings | (joint or {}))
-    _, history = train_material(folder, out, recipe, progress=False)
-    rows.append(_trained("joint", history))
+    told = dict(device=device, seed=seed, capture=capture)
     sets = material_blocks(folder, each=600, seed=seed)
+    steps = planned(folder, sets, joint, **changes)
+    print(pd.DataFrame(steps).to_string(index=False))
+    print(_enough(sum(row["steps"] for row in steps), minutes), flush=True)
+    _, history = train_material(folder, out, _network(joint, **told), progress=False)
+    rows.append(_trained("joint", history))
     for stage in V6.stage_names:
         if time.perf_counter() > until:
             rows.append({"training": f"v6 {stage}", "left out": f"after {minutes:g} minutes"})
@@ -512,21 +542,19 @@ def train(
         own = recipe_for(V6, stage, members=1, **changes)
         data = stage_data(None, V6, stage, sets=sets)
         before = start_of(V6, stage)
-        model, history = train_stage(
-            data,
-            V6,
-            stage,
-            own,
-            out,
-            start=before and Path(out) / before,
-            device=device,
-            seed=seed,
-            progress=False,
-            capture=capture,
-        )
+        start = before and Path(out) / before
+        model, history = train_stage(data, V6, stage, own, out, start=start, progress=False, **told)
         test = judge_stage(model, data, "test")["report"]["macro_f1"]
         rows.append(_trained(f"v6 {stage}", history) | {"test macro-F1": round(test, 4)})
     return rows
+
+
+def _enough(steps, minutes):
+    "How quick a step must be."
+    return (
+        f"{steps:,} steps: {minutes:g} minutes are enough if a step takes"
+        f" {60_000 * minutes / steps:.3g} ms on average, evaluation included."
+    )
 
 
 def _trained(name, history):
