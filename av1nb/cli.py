@@ -156,11 +156,15 @@ def train_joint(
     from av1nb import joint, runs, training
 
     directory = runs.RunDirectory(run_dir)
-    directory.require("raw/recordings", "dataset/block_16/train.pt")
+    changes = runs.parse_parameters(parameter or [])
+    sets = {name: changes.pop(name) for name in ("size", "material") if name in changes}
+    directory.require(f"dataset/block_{sets.get('size', 16)}/train.pt")
+    if not sets.get("material"):
+        directory.require("raw/recordings")
     rank, world = training.process()
     if not rank:
         typer.echo(f"{world} process{'es' * (world > 1)}")
-    _, history = joint.train_run(directory, runs.parse_parameters(parameter or []))
+    _, history = joint.train_run(directory, changes, **sets)
     if not rank:
         typer.echo(
             f"Best epoch {history.best['epoch']} of {len(history.rows)}: {history.monitor}"

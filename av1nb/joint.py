@@ -310,6 +310,8 @@ def train_run(
     objective: Callable | None = None,
     provenance: Mapping = {},  # what the checkpoints shall say beside the split
     size: int = 16,  # of the block sets whose division it keeps to
+    # set of whole frames that the blocks were cut from; None: the run's own raw data
+    material: str | Path | None = None,
 ):
     """`(model with its best weights, History)`: train on the data of a run, into its `models/`;
     each of several processes calls it.
@@ -319,7 +321,7 @@ def train_run(
     recipe = recipe if isinstance(recipe, JointRecipe) else joint_recipe(**recipe)
     run_dir = from_root(run_dir)
     if crops is None:
-        sets, pictures = read_run(run_dir, size)
+        sets, pictures = read_run(run_dir, size, material)
         device = pick_device(recipe.device)  # of this process, where all frames then are
         crops = {
             split: FrameSet(pictures[split], recipe.side, device) for split in ("train", "val")

@@ -229,6 +229,21 @@ def test_the_command_trains_on_two_processes(small):
         )
 
 
+def test_the_command_trains_on_sets_of_another_size(tmp_path):
+    "As the stage notebook, it asks for the block sets of `size`, and for no others."
+    pictures = [corner(p) for p in load_sample(["coffee", "coins", "text"])]
+    write_sample_raw(tmp_path / "raw", pictures, sizes=[32], excel=False)
+    told = [f"-p{pair}" for pair in ("epochs=1", "batch_size=2", "side=64", "device=cpu")]
+    done = CliRunner().invoke(cli.app, ["train-joint", str(tmp_path), *told, "-psize=32"])
+    assert done.exit_code == 1 and "dataset/block_32/train.pt is missing" in done.stderr
+    sets = datasets.build_block_sets(tmp_path / "raw", 32, fractions=(0.4, 0.3, 0.3))
+    datasets.write_block_sets(tmp_path / "dataset", sets)
+    done = CliRunner().invoke(cli.app, ["train-joint", str(tmp_path), *told, "-psize=32"])
+    assert done.exit_code == 0, done.output
+    content = torch.load(tmp_path / "models/joint_model_best.pt", weights_only=True)
+    assert content["provenance"]["split_hash"] == sets["test"].split_hash
+
+
 def test_a_batch_that_cannot_be_divided_is_refused(small, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

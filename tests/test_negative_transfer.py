@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from av1nb.backbones import ResNet18
 from av1nb.datasets import BlockSet
 from av1nb.files import read_json
 
@@ -38,9 +39,8 @@ def toy_blocks(split, groups, seed):
     )
 
 
-@pytest.fixture(scope="module")
-def experiment():
-    "The names that the record's cells define, without its results."
+def defined(**parameters):
+    "The names that the record's cells define with these parameters, without its results."
     cells = nbformat.read(RECORD, 4).cells
     first = next(cell for cell in cells if "import functools" in cell.source)
     tagged = [c for c in cells if {"parameters", "experiment"} & set(c.metadata.get("tags", ()))]
@@ -48,7 +48,13 @@ def experiment():
     imports = first.source.replace("%matplotlib inline", "")
     for source in (imports, *(cell.source for cell in tagged)):
         exec(compile(source, str(RECORD), "exec"), names)
+        names |= parameters  # as papermill does, after those of the notebook
     return names
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return defined()
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +140,32 @@ def test_a_probe_leaves_the_training_as_it_was(experiment, results, tmp_path):
     assert "conflict" in results["no defect"]["rows"][1] and "conflict" not in shared["rows"][1]
     cosines = results["no defect"]["rows"][1]["conflict"]
     assert all(-1 <= value <= 1 for value in cosines.values())
+
+
+def test_a_file_of_weights_is_one_more_start(tmp_path):
+    """The path of an ImageNet start, with a file of that form: a ResNet-18 for colour
+    pictures, its weights at random, for the real ones cannot ship.
+    """
+    torch.manual_seed(0)
+    state = ResNet18().state_dict()  # under the names that torchvision gives
+    torch.save(state, tmp_path / "resnet18.pth")
+    names = defined(pretrained=str(tmp_path / "resnet18.pth"))
+    small = dict(patch=12, stage1_each=10, stage1_epochs=1, epochs=2, frozen_epochs=1)
+    plan = names["Plan"](judged_each=4, batch_size=16, **small)
+    start = names["ARMS"]["from ImageNet"].start
+    backbone = names["network"]("stage2", plan, 1, start).backbone
+    assert torch.equal(backbone.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+    grey = state["conv1.weight"].mean(1, keepdim=True)
+    torch.testing.assert_close(backbone.conv1.weight.detach(), grey)
+
+    blocks = {split: toy_blocks(split, 2, n) for n, split in enumerate(("train", "val", "test"))}
+    names["run_all"](lambda: blocks, plan, [1], tmp_path, ["from ImageNet"])
+    result = read_json(tmp_path / "reports/v6_from_imagenet_1.json")
+    assert result["start"] == "resnet18.pth" and len(result["rows"]) == 2
+    assert result["rows"][0]["val"]["val_loss"] != result["rows"][1]["val"]["val_loss"]
+    # the light backbone has no such weights, and does not fail over them
+    light = names["arms_of"](names["PLANS"]["v5"])
+    assert "from ImageNet" in names["arms_of"](plan) and "from ImageNet" not in light
 
 
 def test_neighbours_lie_beside_what_is_trained_on(experiment):
