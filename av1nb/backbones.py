@@ -944,6 +944,11 @@ def _require_frames(x, side, chroma=False):
 
 
 def _double(x):
+    if torch.compiler.is_compiling():
+        # compiled, interpolate scatters its gradient, which TorchInductor 2.13 does with a buffer
+        # that it has given away (bfloat16 on a CPU); of copies side by side it is a sum
+        b, c, h, w = x.shape
+        return x[:, :, :, None, :, None].expand(b, c, h, 2, w, 2).reshape(b, c, 2 * h, 2 * w)
     return nn.functional.interpolate(x, scale_factor=2, mode="nearest")
 
 
