@@ -8,6 +8,7 @@ __all__ = ['app', 'Video', 'Weights', 'RunDir', 'Scheduler', 'Width', 'Height', 
            'label', 'predict', 'evaluate', 'view', 'encode', 'examine', 'doctor']
 
 # %% ../nbs/34_cli.ipynb #7ba53f7e
+import dataclasses
 import functools
 import importlib
 import os
@@ -705,8 +706,48 @@ def _within_budget(budget, weights, policies, cpu_used, library):
     return policy, said + _with_another_libaom(steering.tuned_with(policies), library.version)
 
 
-def _steering(budget, weights, policies, cpu_used):
-    "Network and policy that steer, for `encode_still`; none, and why, without the library."
+def _within_time(wanted, luma=None, qindex=None):
+    """Preset and decisions for a share of the time of speed 1, and what is to be said of them; for
+    a frame, or without one for pictures as the calibration had them.
+    """
+    from av1nb import costs, joint, steering, tradeoff
+
+    models, facts = costs.load_decisions(steering.shipped_decisions())
+    promises = tradeoff.read_promises(facts)
+    presets = {int(preset): own for preset, own in facts["presets"].items()}
+    curves = {preset: tradeoff.usual_curve(promise) for preset, promise in promises.items()}
+    if luma is not None:
+        maps = joint.JointPredictor.load(steering.shipped_weights()).maps(luma, qindex)
+        curves = {
+            preset: steering.PricedMasks(models[preset], promise.prices).curve(maps, luma, qindex)
+            for preset, promise in promises.items()
+        }
+        if steering.why_aside(luma):
+            curves = {}
+    point = tradeoff.within_time(wanted, presets, promises, curves)
+    most = {} if point.price is not None else {"most_lost": -1.0}  # no masks at all
+    model = models.get(point.cpu_used) or next(iter(models.values()))
+    masks = steering.PricedMasks(model, (point.price or 0.0,), **most)
+    return point.cpu_used, masks, f"for {wanted:g} of the time of speed 1: {point}"
+
+
+def _chosen(steer, cpu_used, library, **frame):
+    "Preset, masks, and what is to be said: for a time where one is asked for, else for a budget."
+    budget, weights, policies, wanted = steer
+    if wanted is None:
+        return cpu_used, *_within_budget(budget, weights, policies, cpu_used, library)
+    if weights is not None or policies is not None or cpu_used != 1:
+        raise ValueError(
+            "--time chooses the preset and the masks by what was calibrated with the shipped"
+            " network: leave out --speed, --weights and --policies"
+        )
+    return _within_time(wanted, **frame)
+
+
+def _steering(steer, cpu_used):
+    """Preset, network and policy that steer, for `encode_still`; the preset alone, and why, without
+    the library.
+    """
     from av1nb import joint, steering
     from av1nb.libaom import LibaomError
 
@@ -714,11 +755,11 @@ def _steering(budget, weights, policies, cpu_used):
         library = steering.load_encoder()
     except LibaomError as error:
         typer.echo(f"Encoding without predictions, by the stock library: {error}", err=True)
-        return {}
-    policy, said = _within_budget(budget, weights, policies, cpu_used, library)
+        return dict(cpu_used=cpu_used)
+    cpu_used, policy, said = _chosen(steer, cpu_used, library)
     typer.echo(said[0].upper() + said[1:])
-    predictor = joint.JointPredictor.load(weights or steering.shipped_weights())
-    return dict(predictor=predictor, policy=policy)
+    predictor = joint.JointPredictor.load(steer[1] or steering.shipped_weights())
+    return dict(cpu_used=cpu_used, predictor=predictor, policy=policy)
 
 
 def _encode_stills(source, out, steer, coded, read):
@@ -733,9 +774,9 @@ def _encode_stills(source, out, steer, coded, read):
         pairs = stills.picture_files(source, out)
     else:
         pairs = [(source, out)]
-    settings = _steering(*steer, coded["cpu_used"]) if steer else {}
+    settings = coded | (_steering(steer, coded["cpu_used"]) if steer else {})
     failed = []
-    for path, done in stills.encode_stills(pairs, **read, **settings, **coded):
+    for path, done in stills.encode_stills(pairs, **read, **settings):
         if isinstance(done, Exception):
             failed.append(path)
             typer.echo(f"{path}: not written: {' '.join(str(done).split())}", err=True)
@@ -753,19 +794,24 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
     from av1nb import encoding, joint, pictures, steering, stills
 
     stills.require_film_name(out)
-    budget, weights, policies = steer
-    library = steering.load_encoder()
-    policy, said = _within_budget(budget, weights, policies, cpu_used, library)
-    predictor = joint.JointPredictor.load(weights or steering.shipped_weights())
+    library, qindex = steering.load_encoder(), encoding.qindex_of(cq_level)
     loading = time.process_time()  # since the process began, so with PyTorch's import
     film = pictures.read_pictures(*read)
+    started = time.process_time()
+    first = film.planes[0][0]
+    cpu_used, policy, said = _chosen(steer, cpu_used, library, luma=first, qindex=qindex)
+    predictor = joint.JointPredictor.load(steer[1] or steering.shipped_weights())
+    predictor.warm_up(film.width, film.height, qindex)
+    loading += time.process_time() - started
     typer.echo(f"{film}; {said}")
-    if reasons := list(filter(None, (steering.why_aside(planes[0]) for planes in film.planes))):
+    started = time.process_time()
+    aside = [steering.why_aside(planes[0]) for planes in film.planes]
+    looked = time.process_time() - started
+    if reasons := list(filter(None, aside)):
         typer.echo(
             f"{len(reasons)} of {len(film)} frames are coded without masks, which would not pay:"
             f" {reasons[0]}{', …' * (len(reasons) > 1)}"
         )
-    loading += predictor.warm_up(film.width, film.height, encoding.qindex_of(cq_level))
     tags = None if film.cicp == (2, 2, 2) else encoding.ColourTags(*film.cicp)
 
     both = functools.partial(  # with predictions and, where it is asked for, without
@@ -775,10 +821,12 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
         policy,
         cpu_used=cpu_used,
         compare=compare or all_quantisers,
+        aside=aside,
         colour={"tags": tags},
         encoder=library,
     )
     ours, stock = both(cq_level=cq_level)
+    ours = dataclasses.replace(ours, prediction=ours.prediction + looked)
     stills.write_film(out, ours.ivf, film.fps)
     if not ours.counts["limited"]:
         typer.echo("No frame was worth masks: encoded as the preset does it without them")
@@ -812,6 +860,16 @@ _Budget = Annotated[
         )
     ),
 ]
+_Time = Annotated[
+    Optional[float],
+    typer.Option(
+        "--time",
+        help=(
+            "share of the time of speed 1, such as 0.3, in place of --budget: preset and masks are"
+            " chosen together, for the least loss"
+        ),
+    ),
+]
 _Level = Annotated[int, typer.Option(min=0, max=63, help="constant quality level, 0 is best")]
 _Regret = Annotated[
     Optional[Path],
@@ -834,6 +892,7 @@ def encode(
     out: _Out,
     cpu_used: _Speed = 1,
     budget: _Budget = 1.0,
+    wanted: _Time = None,
     cq_level: _Level = 32,
     frames: Annotated[
         int, typer.Option(min=0, help="so many frames from the beginning, 0: all")
@@ -867,7 +926,7 @@ def encode(
     if video.is_dir() or out.suffix.lower() == ".avif":
         if all_quantisers:
             raise ValueError("--all-quantisers is for films, not for AVIF")
-        steer = None if stock else (budget, weights, policies)
+        steer = None if stock else (budget, weights, policies, wanted)
         read = dict(bits=depth, subsampling=chroma, width=width, height=height, depth=bits)
         _encode_stills(video, out, steer, dict(cq_level=cq_level, cpu_used=cpu_used), read)
         return
@@ -876,7 +935,7 @@ def encode(
     _encode_film(
         (video, frames or None, width, height, bits),
         out,
-        (budget, weights, policies),
+        (budget, weights, policies, wanted),
         cq_level,
         cpu_used,
         compare,

@@ -6,7 +6,7 @@
 __all__ = ['HOOK_VERSION', 'RELEASE', 'HOOK', 'encoder_cache', 'find_encoder', 'load_encoder', 'luma_quality', 'MaskedResult',
            'encode_masked', 'search_costs', 'record_costs', 'label_stability', 'shipped_decisions', 'shipped_policies',
            'shipped_weights', 'save_policies', 'policy_for', 'tuned_with', 'BlockLook', 'block_look', 'why_aside',
-           'PricedMasks', 'predict_masks', 'encode_predicted', 'measure_conditions', 'follow_network',
+           'PricedMasks', 'predict_masks', 'encode_predicted', 'measure_conditions', 'follow_network', 'follow_price',
            'measure_encodes']
 
 # %% ../nbs/29_steering.ipynb #ae44d329
@@ -45,7 +45,13 @@ from av1nb.masks import (
     masks_of_decisions,
     uniform_masks,
 )
-from .costs import DecisionModel, SearchLog, log_from_tables, same_labels
+from av1nb.costs import (
+    DecisionModel,
+    SearchLog,
+    load_decisions,
+    log_from_tables,
+    same_labels,
+)
 
 # %% ../nbs/29_steering.ipynb #e714c7fa
 HOOK_VERSION = 1  # of the three functions and of the tables, see libaom/av1nb_hook.h
@@ -656,14 +662,17 @@ def predict_masks(
     luma: Sequence[np.ndarray],  # frames of one size, uint16 [H, W], 10 bits
     qindex: int,  # quantiser that the encoder will use
     policy: MaskPolicy | PricedMasks,  # thresholds, or decisions for a price
-    aside: bool = True,  # no masks for frames for which they do not pay, see `why_aside`
+    # no masks for frames for which they do not pay, see `why_aside`; or what it said of each frame
+    aside: bool | Sequence[str] = True,
     # masks of all frames; CPU seconds that they took over all threads, with a predictor that is
     # ready for this size and quantiser
 ) -> tuple[MaskTable, float]:
     "Masks for a film. Raises as `JointPredictor.maps` and `masks_from_probabilities` do."
     height, width = np.shape(luma[0])
     started = time.process_time()
-    paying = [n for n, frame in enumerate(luma) if not (aside and why_aside(frame))]
+    if isinstance(aside, bool):
+        aside = [why_aside(frame) if aside else "" for frame in luma]
+    paying = [n for n, reason in enumerate(aside) if not reason]
     table, looked = MaskTable.empty(len(luma), width, height), time.process_time() - started
     if not paying:
         return table, looked
@@ -680,7 +689,7 @@ def predict_masks(
     return table, looked + time.process_time() - started
 
 # %% ../nbs/29_steering.ipynb #d0c50009
-def _predicted_ahead(planes, predictor, policy, cq_level, **settings):
+def _predicted_ahead(planes, predictor, policy, aside, cq_level, **settings):
     "Encode with masks that are made while the frames before them are encoded."
     luma = [picture[0] for picture in planes]
     (height, width), qindex = luma[0].shape, qindex_of(cq_level)
@@ -689,7 +698,8 @@ def _predicted_ahead(planes, predictor, policy, cq_level, **settings):
 
     def predict(number):
         started = time.thread_time()
-        found, _ = predict_masks(predictor, [luma[number]], qindex, policy)
+        own = aside if isinstance(aside, bool) else [aside[number]]
+        found, _ = predict_masks(predictor, [luma[number]], qindex, policy, own)
         table.bits[number] = found.bits[0]
         return time.thread_time() - started
 
@@ -719,6 +729,7 @@ def encode_predicted(
     cq_level: int = 32,  # constant quality level, 0 (best) to 63
     cpu_used: int = 1,  # speed preset that the policy was tuned for
     ahead: bool | None = None,  # predict while encoding; None: where there is a second core
+    aside: bool | Sequence[str] = True,  # as in `predict_masks`
     compare: bool = True,  # encode without masks, too
     colour: Mapping | None = None,  # as in `encode_masked`
     path: str | os.PathLike | None = None,  # IVF file to write: the encode with masks
@@ -731,9 +742,9 @@ def encode_predicted(
     if ahead is None:
         ahead = len(luma) > 1 and len(os.sched_getaffinity(0)) > 1
     if ahead:
-        steered = _predicted_ahead(planes, predictor, policy, path=path, **settings)
+        steered = _predicted_ahead(planes, predictor, policy, aside, path=path, **settings)
     else:
-        masks, seconds = predict_masks(predictor, luma, qindex_of(cq_level), policy)
+        masks, seconds = predict_masks(predictor, luma, qindex_of(cq_level), policy, aside)
         steered = encode_masked(planes, masks, prediction=seconds, path=path, **settings)
     return steered, encode_masked(planes, **settings) if compare else None
 
@@ -781,6 +792,21 @@ def follow_network(
     "A condition of `measure_conditions`: `partial(follow_network, weights, policy)`."
     predictor = once(JointPredictor.load, str(weights))
     return predict_masks(predictor, luma, qindex, policy)
+
+
+def follow_price(
+    weights: str | os.PathLike,  # checkpoint of a joint network; a process loads it once
+    decisions: str | os.PathLike,  # file of `costs.save_decisions`, loaded once, too
+    cpu_used: int,  # preset whose model decides
+    price: float,  # of the preset's whole time, as a share of the frame's cost
+    luma: Sequence[np.ndarray],  # frames of one size, uint16 [H, W], 10 bits
+    qindex: int,  # quantiser that the encoder will use
+    stock: Callable,  # the stock encode; not asked for
+) -> tuple[MaskTable, float]:  # masks; CPU seconds that they took
+    "A condition of `measure_conditions`: `partial(follow_price, weights, decisions, 1, 0.02)`."
+    predictor = once(JointPredictor.load, str(weights))
+    models, _ = once(load_decisions, str(decisions))
+    return predict_masks(predictor, luma, qindex, PricedMasks(models[cpu_used], (price,)))
 
 # %% ../nbs/29_steering.ipynb #34198a92
 def measure_encodes(

@@ -384,7 +384,8 @@ def _coded_with_masks(still, settings, libaom, predictor, policy):
         looked = time.process_time() - started
         facts, packet = _coded_stock(still, settings, libaom)
         return facts | dict(prediction=looked, aside=aside), packet
-    masks, seconds = predict_masks(predictor, [still.luma], qindex_of(settings["cq_level"]), policy)
+    qindex = qindex_of(settings["cq_level"])
+    masks, seconds = predict_masks(predictor, [still.luma], qindex, policy, aside=False)
     result = encode_masked(
         [still.picture.planes],
         masks,

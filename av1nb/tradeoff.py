@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bd_rate', 'local_rate', 'compare_encodes', 'compare_pictures', 'compare_conditions', 'lower_hull', 'below_hull',
            'undominated', 'tune_policy', 'groups_needed', 'Promise', 'promised_factor', 'promised_time',
-           'read_promises', 'promised_masks', 'promise_sentence']
+           'read_promises', 'promised_masks', 'promise_sentence', 'SpeedPoint', 'usual_curve', 'within_time']
 
 # %% ../nbs/31_tradeoff.ipynb #4f8e5380
 import bisect
@@ -416,3 +416,62 @@ def promise_sentence(
         f"at most {budget:g} % on {1 - risk:.0%} of frames like the {len(chosen)} of {count}"
         f" calibration groups, at {np.median(time):.2f} of their time in the median"
     )
+
+# %% ../nbs/31_tradeoff.ipynb #e7a1c0d2
+@dataclass(frozen=True)
+class SpeedPoint:
+    "A preset, with masks for a price or without, and what it is expected to take and to lose."
+
+    cpu_used: int  # speed preset
+    price: float | None  # of the masks; None: no masks
+    time: float  # relative to the reference preset without masks
+    loss: float  # percent of rate at equal quality, against the same
+
+    def __str__(self) -> str:
+        masks = (
+            "without masks" if self.price is None else f"with masks at a price of {self.price:g}"
+        )
+        return (
+            f"speed {self.cpu_used} {masks}: about {self.time:.2f} of the time, {self.loss:+.1f} %"
+            " bits at equal quality"
+        )
+
+
+def usual_curve(
+    promise: Promise,  # of a preset
+) -> pd.DataFrame:  # as `steering.PricedMasks.curve` gives it
+    "What the prices are expected to lose and to take on the median calibration frame."
+    values = dict(loss=promise.foretold / 100, time=promise.expected_time)
+    curve = {name: np.median(table, 0) for name, table in values.items()}
+    return pd.DataFrame(curve, index=pd.Index(promise.prices, name="price"))
+
+
+def within_time(
+    wanted: float,  # share of the reference preset's time
+    # preset → (time, loss in percent) without masks, relative to the reference preset
+    presets: Mapping[int, Sequence[float]],
+    promises: Mapping[int, Promise],  # preset → calibration frames
+    # preset → of the frame at hand, `steering.PricedMasks.curve`: loss and time, as shares
+    curves: Mapping[int, pd.DataFrame],
+) -> SpeedPoint:
+    """The point of least loss within a time, of presets with and without masks.
+
+    Raises `ValueError` for a time that none reaches.
+    """
+    points = [SpeedPoint(preset, None, *map(float, own)) for preset, own in presets.items()]
+    for preset, curve in curves.items():
+        (own_time, own_loss), promise = presets[preset], promises[preset]
+        level, slope = promised_time(promise)
+        trusted = np.median(promise.lost / np.maximum(promise.foretold, 1e-9), 0).clip(min=0)
+        ratio = dict(zip(promise.prices, trusted))
+        for price, row in curve.iterrows():
+            time = own_time * (level + slope * row["time"])
+            loss = own_loss + 100 * row["loss"] * ratio[price]
+            points.append(SpeedPoint(preset, float(price), float(time), float(loss)))
+    within = [point for point in points if point.time <= wanted]
+    if not within:
+        fastest = min(points, key=lambda point: point.time)
+        raise ValueError(
+            f"No preset takes {wanted:g} of the time; the fastest is {fastest}. Ask for more."
+        )
+    return min(within, key=lambda point: (point.loss, point.time))
