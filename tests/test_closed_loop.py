@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import av1nb
 
-from av1nb import joint, steering
+from av1nb import costs, joint, steering, tradeoff
+from av1nb.files import sha256
 from av1nb.partitions import LEVELS
 from av1nb.sample import load_sample
 from av1nb.streams import read_trees
@@ -63,6 +64,26 @@ def test_a_video_is_encoded_faster_and_decodes(encoder, video, tmp_path):
     assert saved < 100 and (tmp_path / "out.ivf").stat().st_size > 100
 
 
+def test_a_time_chooses_preset_and_masks(encoder, video, tmp_path):
+    said = av1nb("encode", video[0], "--out", tmp_path / "out.ivf", "--time", "0.5").stdout
+    found = re.search(
+        r"for 0\.5 of the time of speed 1: speed (\d) with.*: about ([\d.]+) of", said
+    )
+    assert 0 <= int(found[1]) <= 6 and float(found[2]) <= 0.5
+    assert len(list(read_trees(tmp_path / "out.ivf"))) == 2
+
+
+def test_the_promise_is_that_of_the_network_and_the_library_that_ship():
+    models, facts = costs.load_decisions(steering.shipped_decisions())
+    assert facts["network"] == sha256(steering.shipped_weights().read_bytes())[:16]
+    assert facts["libaom"] == steering.RELEASE
+    promises = tradeoff.read_promises(facts)
+    assert set(promises) <= set(models) and set(promises) <= {int(p) for p in facts["presets"]}
+    for promise in promises.values():
+        assert len(set(promise.groups)) >= tradeoff.groups_needed(0.1)
+        assert "at most 2 % on 90% of frames" in tradeoff.promise_sentence(promise, 2.0)
+
+
 def test_loading_is_told_apart_from_prediction(encoder, video, tmp_path):
     said = av1nb("encode", video[0], "--out", tmp_path / "out.ivf", "--no-compare").stdout
     without, with_it, loading = map(
@@ -86,6 +107,8 @@ def test_a_second_encode_of_the_size_waits_for_nothing(video):
     "options, message",
     [
         (("--budget", "-50"), "keeps a BD-rate of -50 %"),
+        (("--time", "0.0001"), "No preset takes 0.0001 of the time"),
+        (("--time", "0.5", "--speed", "4"), "leave out --speed"),
         (("--policies", "setup.py"), "setup.py is damaged or no JSON"),
         (("--weights", "nothing.pt"), "nothing.pt"),
         (("--speed", "2", "--policies", "POLICIES"), "no tuned policies for speed 2"),
