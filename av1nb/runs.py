@@ -179,6 +179,14 @@ NOTEBOOKS = (
         shown="runs/systems",
     ),
     StageNotebook(
+        "014_promises",
+        "what masks lose and save on whole frames, and the budgets that can be promised",
+        ("reports/promises.csv",),
+        reads=(("folder", "build_material"),),
+        writes=("out", "work"),
+        shown="runs/joint",
+    ),
+    StageNotebook(
         "build_sample",
         "the pictures and logs that ship",
         writes=("out", "cache"),
