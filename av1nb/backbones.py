@@ -785,6 +785,12 @@ DEFAULT_CONDITIONS = Conditions(0).numbers[1:]
 _TOLD = 14 + 1 + 1 + 5  # presets of two modes, step of the quantiser, superblock, classes of size
 
 # %% ../nbs/12_backbones.ipynb #1689b2f5
+def _look_inside(conv):
+    "Without the taps that lie beyond a crop of one superblock, which it cannot teach."
+    nn.init.zeros_(conv.weight[:, :, 0])
+    nn.init.zeros_(conv.weight[:, :, :, 0])
+
+# %% ../nbs/12_backbones.ipynb #a81c0004
 class JointLayers(nn.Module):
     "Layers of the joint network and what they were built with; `JointBackbone` uses them."
 
@@ -839,9 +845,7 @@ class JointLayers(nn.Module):
         self.at64 = blocks(w32, depths[3], True)
         if superblock == 128:
             self.to128 = ModulatedConv(w32, w32, **coarse)
-            # these taps look beyond the superblock, which crops of one superblock cannot teach
-            nn.init.zeros_(self.to128.conv.weight[:, :, 0])
-            nn.init.zeros_(self.to128.conv.weight[:, :, :, 0])
+            _look_inside(self.to128.conv)
             self.at128 = blocks(w32, depths[3], True)
             self.up64 = nn.Conv2d(w32, w32, 1)
             self.merge64 = ModulatedResidual(w32, condition, dropout, True)
@@ -869,7 +873,7 @@ def _details(plane, side):
     relief = mean - nn.functional.avg_pool2d(down, (1, 9), 1, (0, 4), count_include_pad=False)
     return torch.cat([cells - mean, relief], 1)
 
-
+# %% ../nbs/12_backbones.ipynb #a81c0002
 class JointInputs(JointLayers):
     "The joint network up to its first layer: quantiser and pixels as it sees them."
 

@@ -743,7 +743,7 @@ def _chosen(steer, cpu_used, library, **frame):
         )
     return _within_time(wanted, **frame)
 
-
+# %% ../nbs/34_cli.ipynb #a81c0003
 def _steering(steer, cpu_used):
     """Preset, network and policy that steer, for `encode_still`; the preset alone, and why, without
     the library.

@@ -36,7 +36,6 @@ class Place:
     padded_width: int
     luma_start: int  # first pixel in the vector of pixels
     starts: tuple  # first cell in the vector of types of each level
-    chroma_start: int  # first pixel of Cb in the vector of chroma, if there is one; Cr follows it
     conditions: Conditions | None = None  # of the encode, where the picture tells them
 
 
@@ -82,6 +81,11 @@ def numbered(
     return list(zip(getattr(picture, "frames", None) or range(len(picture.luma)), picture.luma))
 
 # %% ../nbs/23_frames.ipynb #c4a0b1d3
+def _samples(plane, device):
+    "Samples as int16 on a device; None stays None."
+    return None if plane is None else torch.from_numpy(plane.view(np.int16)).to(device)
+
+
 def padded_chroma(
     chroma: np.ndarray | None,  # uint16 [2, H/2, W/2], Cb and Cr
     shape: tuple[int, int],  # (H, W) of the luma
@@ -169,8 +173,8 @@ def _vectors(pictures, side, reading, levels, colours=False):
                 kept[key] = at, pad_frame(luma, side, levels[0])
             start, padded = kept[key]
             for qindex, own, seen in _trees(picture, frame, luma, reading, levels):
-                where = (*luma.shape, *padded.shape, start, tuple(starts.values()))
-                places.append(Place(picture.name, frame, qindex, *where, start // 2, conditions))
+                where = (*luma.shape, *padded.shape, start, tuple(starts.values()), conditions)
+                places.append(Place(picture.name, frame, qindex, *where))
                 for size in levels:
                     types = own["type"].to_numpy()
                     cells[size].append(_grid(own, types, size, padded.shape, (-1, np.int8)))
@@ -226,10 +230,7 @@ class FrameVectors:
         self.names = [picture.name for picture in pictures]
         vectors = _vectors(pictures, side, reading, levels, chroma)
         self.recordings, pixels, colours, cells, regrets = vectors
-        self.luma, self.chroma = (
-            None if plane is None else torch.from_numpy(plane.view(np.int16)).to(device)
-            for plane in (pixels, colours)
-        )
+        self.luma, self.chroma = (_samples(plane, device) for plane in (pixels, colours))
 
         def together(grids):
             return {
@@ -241,12 +242,9 @@ class FrameVectors:
             return torch.tensor([getattr(r, name) for r in self.recordings], device=device)
 
         self.types, self.regrets = together(cells), None if regrets is None else together(regrets)
-        self.qindex, self.width, self.height = map(
-            column, ("qindex", "padded_width", "padded_height")
-        )
-        self.luma_start, self.chroma_start, self.starts = map(
-            column, ("luma_start", "chroma_start", "starts")
-        )
+        names = ("qindex", "padded_width", "padded_height", "luma_start", "starts")
+        self.qindex, self.width, self.height, self.luma_start, self.starts = map(column, names)
+        self.chroma_start = self.luma_start // 2
         # what a network is told of each recording: qindex [recordings], or all conditions
         # [recordings,5] where pictures have them
         self.told = self.qindex
@@ -289,6 +287,19 @@ def _maps(device):
     return torch.tensor([[*label_map(name), -1] for name in SYMMETRIES], device=device)
 
 # %% ../nbs/23_frames.ipynb #9a90d514
+def _doubled(chroma, where, plane):
+    "Cb and Cr [B,2,2h,2w] at places [B,h,w] of Cb; Cr lies `plane` pixels further."
+    colours = torch.stack([chroma[where], chroma[where + plane]], 1)
+    return colours.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def _turned_regrets(regrets, maps):
+    "Regrets [B, cells, 10] of all levels, each at the type that its own type became."
+    together = torch.cat([grid.flatten(1, 2) for grid in regrets], 1).float()
+    before = maps.argsort(1)  # the type that each became
+    return torch.gather(together, 2, before[:, None].expand(-1, together.shape[1], -1))
+
+# %% ../nbs/23_frames.ipynb #a81c0006
 class FrameSet(FrameVectors):
     "Frames of many sizes at many quantisers, of which crops are taken on their device."
 
@@ -317,13 +328,11 @@ class FrameSet(FrameVectors):
         row: torch.Tensor,
         col: torch.Tensor,  # int64 [B], left of each crop
         symmetry: torch.Tensor,  # int64 [B], position in `SYMMETRIES`
-        # x float32 [B,1,S,S] in [0,1], with chroma [B,3,S,S], Cb and Cr doubled; types int64 [B,
-        # cells], −1 for no node; qindex int64 [B], or
-        # conditions [B,5]; with costs also regrets float32 [B, cells, 10], NaN where unknown
+        # x float32 [B,1,S,S] in [0,1], or [B,3,S,S]; types int64 [B, cells], −1 for no node; qindex
+        # int64 [B], or conditions [B,5]; with costs also regrets float32 [B, cells, 10]
     ) -> tuple:
-        """Crops of the side S, pixels and trees transformed together.
-
-        Source: the symmetries of `partitions`, as arithmetic on positions.
+        """Crops of the side S, pixels and trees transformed together by `partitions`' symmetries;
+        Cb and Cr doubled, unknown regrets NaN.
         """
         device = self.luma.device
         recording, row, col, symmetry = (v.to(device) for v in (recording, row, col, symmetry))
@@ -344,12 +353,9 @@ class FrameSet(FrameVectors):
         width = self.width[recording]
         x = self.luma[positions(1, self.luma_start[recording], width)][:, None]
         if self.chroma is not None:
-            start = self.chroma_start[recording]
-            where = positions(2, start, width // 2)
-            plane = (width // 2 * (self.height[recording] // 2))[:, None, None]
-            colours = torch.stack([self.chroma[where], self.chroma[where + plane]], 1)
-            colours = colours.repeat_interleave(2, 2).repeat_interleave(2, 3)
-            x = torch.cat([x, colours], 1)
+            where = positions(2, self.chroma_start[recording], width // 2)
+            plane = width // 2 * (self.height[recording] // 2)
+            x = torch.cat([x, _doubled(self.chroma, where, plane[:, None, None])], 1)
         places = [
             positions(size, self.starts[recording, level], width // size)
             for level, size in enumerate(self.levels)
@@ -361,13 +367,8 @@ class FrameSet(FrameVectors):
         result = to_float(x, check=False), types, self.told[recording]
         if self.regrets is None:
             return result
-        before = self.maps[symmetry, :10].argsort(1)  # the type that each became
-        regrets = torch.cat(
-            [self.regrets[size][where].flatten(1, 2) for size, where in zip(self.levels, places)], 1
-        )
-        return *result, torch.gather(
-            regrets.float(), 2, before[:, None].expand(-1, regrets.shape[1], -1)
-        )
+        regrets = [self.regrets[size][where] for size, where in zip(self.levels, places)]
+        return *result, _turned_regrets(regrets, self.maps[symmetry, :10])
 
 # %% ../nbs/23_frames.ipynb #c0d171d2
 def _detailed_places(frames, power):

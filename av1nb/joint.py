@@ -392,7 +392,7 @@ def train_frames(
         **_network_settings(recipe),
     )
 
-
+# %% ../nbs/24_joint.ipynb #a81c0001
 def train_material(
     folder: str | Path,  # of a set of whole frames, see `material.load_material`
     out_dir: str | Path,  # folder for the checkpoints

@@ -142,8 +142,7 @@ PIPELINE_NOTEBOOKS = (
 PIPELINE = tuple(notebook.name for notebook in PIPELINE_NOTEBOOKS)
 
 # %% ../nbs/30_runs.ipynb #daac61e4
-NOTEBOOKS = (
-    *PIPELINE_NOTEBOOKS,
+_NETWORKS = (
     StageNotebook(
         "010_joint",
         "the joint network, all levels of whole frames",
@@ -186,6 +185,12 @@ NOTEBOOKS = (
         writes=("out", "work"),
         shown="runs/joint",
     ),
+)
+
+# %% ../nbs/30_runs.ipynb #a81c0005
+NOTEBOOKS = (
+    *PIPELINE_NOTEBOOKS,
+    *_NETWORKS,
     StageNotebook(
         "build_sample",
         "the pictures and logs that ship",
