@@ -690,10 +690,17 @@ def _with_another_libaom(tuned, used):
     return "" if tuned == used else f", with libaom {tuned or 'of a release not noted'}, not {used}"
 
 
+_TUNED = 4  # fastest preset that the shipped thresholds are for
+
+
 def _within_budget(budget, weights, policies, cpu_used, library):
-    "Decisions or thresholds that keep a budget, and what is to be said of them."
+    """Decisions or thresholds that keep a budget, None for a preset without, and what is to be said
+    of them.
+    """
     from av1nb import costs, steering, tradeoff
 
+    if policies is None and cpu_used > _TUNED:
+        return None, f"no masks at speed {cpu_used}: it searches too little for them to pay"
     if weights is None and policies is None:
         models, facts = costs.load_decisions(steering.shipped_decisions())
         promise = tradeoff.read_promises(facts).get(cpu_used)
@@ -708,7 +715,7 @@ def _within_budget(budget, weights, policies, cpu_used, library):
 
 def _within_time(wanted, luma=None, qindex=None):
     """Preset and decisions for a share of the time of speed 1, and what is to be said of them; for
-    a frame, or without one for pictures as the calibration had them.
+    a frame, or without one for pictures as the calibration had them; None for no masks.
     """
     from av1nb import costs, joint, steering, tradeoff
 
@@ -725,9 +732,9 @@ def _within_time(wanted, luma=None, qindex=None):
         if steering.why_aside(luma):
             curves = {}
     point = tradeoff.within_time(wanted, presets, promises, curves)
-    most = {} if point.price is not None else {"most_lost": -1.0}  # no masks at all
-    model = models.get(point.cpu_used) or next(iter(models.values()))
-    masks = steering.PricedMasks(model, (point.price or 0.0,), **most)
+    masks = None
+    if point.price is not None:
+        masks = steering.PricedMasks(models[point.cpu_used], (point.price,))
     return point.cpu_used, masks, f"for {wanted:g} of the time of speed 1: {point}"
 
 
@@ -745,8 +752,8 @@ def _chosen(steer, cpu_used, library, **frame):
 
 # %% ../nbs/34_cli.ipynb #a81c0003
 def _steering(steer, cpu_used):
-    """Preset, network and policy that steer, for `encode_still`; the preset alone, and why, without
-    the library.
+    """Preset, network and policy that steer, for `encode_still`; the preset alone, and why, where
+    there is no library for them or no masks are wanted.
     """
     from av1nb import joint, steering
     from av1nb.libaom import LibaomError
@@ -758,6 +765,8 @@ def _steering(steer, cpu_used):
         return dict(cpu_used=cpu_used)
     cpu_used, policy, said = _chosen(steer, cpu_used, library)
     typer.echo(said[0].upper() + said[1:])
+    if policy is None:
+        return dict(cpu_used=cpu_used)
     predictor = joint.JointPredictor.load(steer[1] or steering.shipped_weights())
     return dict(cpu_used=cpu_used, predictor=predictor, policy=policy)
 
@@ -789,6 +798,18 @@ def _encode_stills(source, out, steer, coded, read):
     typer.echo(f"Written to {out}")
 
 # %% ../nbs/34_cli.ipynb #5c1a4441
+def _without_masks(film, out, settings):
+    "A film as the preset codes it."
+    from av1nb import steering, stills
+
+    result = steering.encode_masked(film.planes, **settings)
+    stills.write_film(out, result.ivf, film.fps)
+    typer.echo(
+        f"{result.bytes} bytes, PSNR-Y {result.psnr:.3f} dB, SSIM {result.ssim:.5f},"
+        f" {result.user:.2f} CPU s\nWritten to {out}"
+    )
+
+
 def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
     "A film as IVF or in a container; `read` is what `read_pictures` takes."
     from av1nb import encoding, joint, pictures, steering, stills
@@ -800,6 +821,13 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
     started = time.process_time()
     first = film.planes[0][0]
     cpu_used, policy, said = _chosen(steer, cpu_used, library, luma=first, qindex=qindex)
+    tags = None if film.cicp == (2, 2, 2) else encoding.ColourTags(*film.cicp)
+    settings = dict(cpu_used=cpu_used, colour={"tags": tags}, encoder=library)
+    if policy is None:
+        if all_quantisers:
+            raise ValueError(f"--all-quantisers compares masks with none, and there are {said}")
+        typer.echo(f"{film}; {said}")
+        return _without_masks(film, out, settings | dict(cq_level=cq_level))
     predictor = joint.JointPredictor.load(steer[1] or steering.shipped_weights())
     predictor.warm_up(film.width, film.height, qindex)
     loading += time.process_time() - started
@@ -812,18 +840,15 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
             f"{len(reasons)} of {len(film)} frames are coded without masks, which would not pay:"
             f" {reasons[0]}{', …' * (len(reasons) > 1)}"
         )
-    tags = None if film.cicp == (2, 2, 2) else encoding.ColourTags(*film.cicp)
 
     both = functools.partial(  # with predictions and, where it is asked for, without
         steering.encode_predicted,
         film.planes,
         predictor,
         policy,
-        cpu_used=cpu_used,
         compare=compare or all_quantisers,
         aside=aside,
-        colour={"tags": tags},
-        encoder=library,
+        **settings,
     )
     ours, stock = both(cq_level=cq_level)
     ours = dataclasses.replace(ours, prediction=ours.prediction + looked)
@@ -849,7 +874,14 @@ _Out = Annotated[
     ),
 ]
 _Speed = Annotated[
-    int, typer.Option("--cpu-used", "--speed", min=0, max=4, help="libaom's speed preset")
+    int,
+    typer.Option(
+        "--cpu-used",
+        "--speed",
+        min=0,
+        max=9,
+        help="libaom's speed preset; there are masks to 4, films to 6",
+    ),
 ]
 _Budget = Annotated[
     float,

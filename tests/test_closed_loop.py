@@ -73,6 +73,13 @@ def test_a_time_chooses_preset_and_masks(encoder, video, tmp_path):
     assert len(list(read_trees(tmp_path / "out.ivf"))) == 2
 
 
+def test_a_fast_preset_encodes_without_masks_and_says_so(encoder, video, tmp_path):
+    said = av1nb("encode", video[0], "--out", tmp_path / "out.ivf", "--speed", 6).stdout
+    assert "no masks at speed 6" in said and "saved" not in said
+    trees = list(read_trees(tmp_path / "out.ivf"))
+    assert len(trees) == 2 and (trees[0].width, trees[0].height) == (192, 128)
+
+
 def test_the_promise_is_that_of_the_network_and_the_library_that_ship():
     models, facts = costs.load_decisions(steering.shipped_decisions())
     assert facts["network"] == sha256(steering.shipped_weights().read_bytes())[:16]
@@ -111,6 +118,8 @@ def test_a_second_encode_of_the_size_waits_for_nothing(video):
         (("--time", "0.5", "--speed", "4"), "leave out --speed"),
         (("--policies", "setup.py"), "setup.py is damaged or no JSON"),
         (("--weights", "nothing.pt"), "nothing.pt"),
+        (("--speed", "7"), "cpu_used is 7; it must be a whole number from 0 to 6"),
+        (("--speed", "5", "--all-quantisers"), "there are no masks at speed 5"),
         (("--speed", "2", "--policies", "POLICIES"), "no tuned policies for speed 2"),
     ],
 )

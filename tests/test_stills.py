@@ -223,6 +223,14 @@ def test_of_several_pictures_the_first_is_taken_and_said(tmp_path):
             assert error(shown, np.asarray(source.convert("RGB"))) < 2.5  # a palette's colours jump
 
 
+@pytest.mark.parametrize("options, said", [(("--stock",), "stock"), ((), "No masks at speed 9")])
+def test_the_fastest_preset_writes_a_picture(tmp_path, options, said):
+    Image.fromarray(smooth()).save(tmp_path / "in.png")
+    out = tmp_path / "out.avif"
+    done = av1nb("encode", tmp_path / "in.png", "--out", out, "--speed", 9, *options)
+    assert said in done.stdout and np.asarray(Image.open(out)).shape == smooth().shape
+
+
 def test_colours_multiplied_by_alpha_are_divided_again(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     alpha = np.full((47, 61), 128, np.uint8)
