@@ -729,7 +729,7 @@ def _within_time(wanted, luma=None, qindex=None):
             preset: steering.PricedMasks(models[preset], promise.prices).curve(maps, luma, qindex)
             for preset, promise in promises.items()
         }
-        if steering.why_aside(luma):
+        if steering.why_aside(luma, qindex=qindex):
             curves = {}
     point = tradeoff.within_time(wanted, presets, promises, curves)
     masks = None
@@ -833,7 +833,7 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
     loading += time.process_time() - started
     typer.echo(f"{film}; {said}")
     started = time.process_time()
-    aside = [steering.why_aside(planes[0]) for planes in film.planes]
+    aside = [steering.why_aside(planes[0], qindex=qindex) for planes in film.planes]
     looked = time.process_time() - started
     if reasons := list(filter(None, aside)):
         typer.echo(
@@ -858,7 +858,10 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
     typer.echo(_what_was_saved(ours, stock, loading))
     if all_quantisers:
         levels = [encoding.cq_level_of(qindex) for qindex in encoding.QINDEXES]
-        pairs = [(ours, stock) if level == cq_level else both(cq_level=level) for level in levels]
+        pairs = [
+            (ours, stock) if level == cq_level else both(cq_level=level, aside=True)
+            for level in levels
+        ]
         typer.echo(_over_quantisers(pairs, levels))
     typer.echo(f"Written to {out}")
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HOOK_VERSION', 'RELEASE', 'HOOK', 'encoder_cache', 'find_encoder', 'load_encoder', 'luma_quality', 'MaskedResult',
            'encode_masked', 'search_costs', 'record_costs', 'label_stability', 'shipped_decisions', 'shipped_policies',
-           'shipped_weights', 'save_policies', 'policy_for', 'tuned_with', 'BlockLook', 'block_look', 'why_aside',
-           'PricedMasks', 'predict_masks', 'encode_predicted', 'measure_conditions', 'follow_network', 'follow_price',
-           'measure_encodes']
+           'shipped_weights', 'save_policies', 'policy_for', 'tuned_with', 'BlockLook', 'block_look', 'silent_share',
+           'why_aside', 'PricedMasks', 'predict_masks', 'encode_predicted', 'measure_conditions', 'follow_network',
+           'follow_price', 'measure_encodes']
 
 # %% ../nbs/29_steering.ipynb #ae44d329
 import ctypes
@@ -588,20 +588,47 @@ def block_look(
         drawn=share(drawn, live.sum()),
     )
 
+# %% ../nbs/29_steering.ipynb #7d1e0c61
+# qindex → step of the coefficients that are no means, in eighths of an 8-bit level; libaom's table
+# is within a twelfth of the lines between these
+_STEPS = {0: 4, 96: 104, 128: 176, 160: 305, 192: 550, 224: 1007, 255: 1828}
+
+
+def silent_share(
+    luma: np.ndarray,  # one frame, unsigned integers [H, W]
+    qindex: int,  # quantiser index, 0–255
+    bits: int = 10,  # bit depth of the samples
+) -> float:  # 0 for a frame without a whole block
+    "Share of the 16×16 blocks whose detail is below a third of the quantiser's step."
+    height, width = luma.shape
+    rows, cols = height // 16, width // 16
+    if not rows * cols:
+        return 0.0
+    whole = luma[: 16 * rows, : 16 * cols].astype(np.float32)
+    detail = 16 * whole.reshape(rows, 16, cols, 16).std((1, 3)) / 2 ** (bits - 8)
+    return float((detail < np.interp(qindex, [*_STEPS], [*_STEPS.values()]) / 24).mean())
+
 # %% ../nbs/29_steering.ipynb #7d1e0c54
-_DRAWN, _EMPTY = 0.3, 0.9  # shares above which masks do not pay, measured in benchmarks/content
+# shares above which masks do not pay, measured in benchmarks/content
+_DRAWN, _EMPTY, _SILENT = 0.3, 0.9, 0.94
 
 
 def why_aside(
     luma: np.ndarray,  # one frame, unsigned integers [H, W]
     bits: int = 10,  # bit depth of the samples
+    # quantiser that the encoder will use; None: what it leaves out is not asked for
+    qindex: int | None = None,
 ) -> str:  # why masks would not pay for this frame; empty where they may
-    "Whether a frame is better coded without masks, by a look at its blocks (`block_look`)."
+    """Whether a frame is better coded without masks, by a look at its blocks (`block_look`,
+    `silent_share`).
+    """
     look = block_look(luma, bits)
     if look.drawn > _DRAWN:
         return f"drawings or text in {look.drawn:.0%} of its blocks that are not flat"
     if (empty := look.flat + look.faint) > _EMPTY:
         return f"{empty:.0%} of its blocks are empty"
+    if qindex is not None and (silent := silent_share(luma, qindex, bits)) > _SILENT:
+        return f"{silent:.0%} of its blocks are too faint for the quantiser"
     return ""
 
 # %% ../nbs/29_steering.ipynb #d0c50002
@@ -671,7 +698,7 @@ def predict_masks(
     height, width = np.shape(luma[0])
     started = time.process_time()
     if isinstance(aside, bool):
-        aside = [why_aside(frame) if aside else "" for frame in luma]
+        aside = [why_aside(frame, qindex=qindex) if aside else "" for frame in luma]
     paying = [n for n, reason in enumerate(aside) if not reason]
     table, looked = MaskTable.empty(len(luma), width, height), time.process_time() - started
     if not paying:

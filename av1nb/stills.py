@@ -379,12 +379,11 @@ def _coded_stock(still, settings, libaom):
 
 def _coded_with_masks(still, settings, libaom, predictor, policy):
     "The same for an encode that a network steers, or that stands aside."
-    started = time.process_time()
-    if aside := why_aside(still.luma):
+    started, qindex = time.process_time(), qindex_of(settings["cq_level"])
+    if aside := why_aside(still.luma, qindex=qindex):
         looked = time.process_time() - started
         facts, packet = _coded_stock(still, settings, libaom)
         return facts | dict(prediction=looked, aside=aside), packet
-    qindex = qindex_of(settings["cq_level"])
     masks, seconds = predict_masks(predictor, [still.luma], qindex, policy, aside=False)
     result = encode_masked(
         [still.picture.planes],
