@@ -291,7 +291,7 @@ def test_one_luma_through_every_door(name, tmp_path, asked, monkeypatch):
     monkeypatch.setattr(steering, "load_encoder", lambda *_: library)
     monkeypatch.setattr(steering, "encode_masked", encoded)
     # drawn as these pictures are, they would be coded without being looked at
-    monkeypatch.setattr(steering, "why_aside", lambda *_: "")
+    monkeypatch.setattr(steering, "why_aside", lambda *_, **__: "")
     done = CliRunner().invoke(
         cli.app,
         ["encode", str(form.path), "--out", str(tmp_path / "o.ivf"), *map(str, options(form))],
