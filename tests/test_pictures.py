@@ -216,7 +216,7 @@ def asked(network, monkeypatch):
     "Luma planes that the joint network is asked about, in order; answers are kept short."
     seen, answers = [], {}
 
-    def maps(self, luma, qindex):
+    def maps(self, luma, qindex, chroma=None):
         seen.append(np.array(luma, int))
         if luma.shape not in answers:
             answers[luma.shape] = network_maps(network, luma, qindex)
