@@ -265,22 +265,25 @@ def _formula(tex, display):
     return ElementTree.tostring(svg, encoding="unicode")
 
 # %% ../nbs/35_pages.ipynb #c83026cb
+_LONGEST = 64  # characters of a word that is never broken: those of a SHA-256
 _NUMBER = re.compile(r"[-+−–±\d.,;:%×() *]*$|nan$|NaN$|True$|False$|None$")
 # words of code that the style sheet leaves as they are
 _PLAIN = ".op, .bu, .im, .va, .at, .pp, .cn, .ot"
 
 
 def _fit(table):
-    "Words of a table to the left, numbers to the right, and smaller type where it is wide."
+    """Words of a table to the left, numbers to the right, and smaller type where it is wide; words
+    that no line can hold may be broken.
+    """
     widths = {}
     for row in table.find_all("tr"):
         column = 0
         for cell in row.find_all(["td", "th"]):
             text = cell.get_text().strip()
+            longest = max(map(len, text.split()), default=1)
             if cell.name == "td" and not _NUMBER.match(text):
-                cell["class"] = "text"
+                cell["class"] = ["text", *["long"] * (longest > _LONGEST)]
             span = int(cell.get("colspan", 1))
-            longest = max(map(len, text.split()), default=1) if " " in text else len(text)
             widths[column] = max(widths.get(column, 2), min(longest, 60) / span)
             column += span
     characters = sum(widths.values()) + 2 * len(widths)
