@@ -94,6 +94,21 @@ def test_a_corpus_is_the_same(scheduler, sources, alone, tmp_path):
     assert contents(tmp_path / "corpus") == contents(alone)
 
 
+def test_a_stage_gives_its_jobs_to_the_scheduler_of_the_command(
+    scheduler, sources, alone, tmp_path
+):
+    from distributed import Client
+
+    asked = dict(inputs=sources, out=tmp_path / "corpus", cpu_used=6, crop=64, crops=2)
+    asked["qindexes"] = list(FAST["qindexes"])
+    options = [word for name, value in asked.items() for word in ("-p", f"{name}={value}")]
+    av1nb("run", "build_corpus", "--run-dir", tmp_path / "run", "--scheduler", scheduler, *options)
+    made = contents(tmp_path / "corpus")
+    assert made.pop("CARD.md") and made == contents(alone)
+    with Client(scheduler, set_as_default=False) as client:
+        assert client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.transition_counter)
+
+
 def test_a_worker_dies_in_mid_job(scheduler, tmp_path):
     names = [f"job {n}" for n in range(6)]
     tasks = {name: delayed(note)(name, tmp_path, name == "job 2") for name in names}
