@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def joint_trainer(capture):
+def joint_trainer(capture, amp=False):
     training.set_seed(1)
     rng = np.random.default_rng(1)
     pictures = [
@@ -40,7 +40,9 @@ def joint_trainer(capture):
     ]
     crops = frames.FrameSet(pictures, 64)
     model = heads.JointModel(widths=(16, 16, 16, 16), depths=(0, 1, 1, 1), dropout=0.0)
-    config = training.TrainConfig(batch_size=4, device="cpu", capture=capture, lr_head=1e-3)
+    config = training.TrainConfig(
+        batch_size=4, device="cpu", capture=capture, amp=amp, lr_head=1e-3
+    )
     batches = frames.CropBatches(crops, 4), frames.TileBatches(crops, 4)
     parts = losses.TreeLikelihood(), None, config, lambda backbone: [backbone]
     return training.Trainer(model, *batches, *parts)
@@ -63,19 +65,34 @@ def stage_trainer(capture):
     return training.Trainer(model, batches, batches, objective, None, config)
 
 
+def trained(trainer):
+    "Loss of an epoch, and how it moved the weights."
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    row = trainer.train_epoch(1, training.NoBar())
+    after = [p.detach() for p in trainer.model.parameters()]
+    return row["train_loss"], torch.cat([(b - a).flatten() for a, b in zip(before, after)])
+
+
 @pytest.mark.parametrize("make", [joint_trainer, stage_trainer])
 def test_a_compiled_step_is_the_plain_one_within_rounding(make):
     found = {}
     for capture in ("off", "compile"):
         trainer = make(capture)
         assert (trainer.running is trainer.model) == (capture == "off")
-        before = [p.detach().clone() for p in trainer.model.parameters()]
-        row = trainer.train_epoch(1, training.NoBar())
-        after = [p.detach() for p in trainer.model.parameters()]
-        moved = torch.cat([(b - a).flatten() for a, b in zip(before, after)])
-        found[capture] = row["train_loss"], moved
+        found[capture] = trained(trainer)
     (plain_loss, plain), (loss, compiled) = found["off"], found["compile"]
     assert loss == pytest.approx(plain_loss, rel=1e-4)
     assert plain.norm() > 0
     # AdamW divides by the size of a gradient: where it is almost nothing, rounding moves the step
     assert (compiled - plain).norm() < 0.02 * plain.norm()
+
+
+@pytest.mark.skipif(
+    not training.has_bf16(torch.device("cpu")), reason="this processor does not multiply bfloat16"
+)
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_plain_one():
+    _, exact = trained(joint_trainer("off"))
+    plain_loss, plain = trained(joint_trainer("off", amp=True))
+    loss, compiled = trained(joint_trainer("compile", amp=True))
+    assert loss == pytest.approx(plain_loss, rel=2**-8)  # the step of bfloat16
+    assert 0 < (compiled - exact).norm() < 1.5 * (plain - exact).norm()
