@@ -986,8 +986,7 @@ class JointBackbone(JointInputs):
     def forward(
         self,
         # float [B,1,H,W] in [0,1], H and W multiples of 64; with chroma [B,3,H,W], Cb and Cr
-        # doubled
-        # to the size of the luma
+        # doubled to the size of the luma
         x: torch.Tensor,
         qindex: torch.Tensor,  # [B], 0–255, or conditions [B,5]
     ) -> dict[int, torch.Tensor]:
