@@ -926,7 +926,7 @@ def encode(
     video: Video,
     out: _Out,
     cpu_used: _Speed = 1,
-    budget: _Budget = 1.0,
+    budget: _Budget = 2.0,
     wanted: _Time = None,
     cq_level: _Level = 32,
     frames: Annotated[

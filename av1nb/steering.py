@@ -646,6 +646,10 @@ class PricedMasks:
     # expected time, share of the preset's search without masks, from which on there are none
     longest: float = math.inf
     prediction: float = 0.0  # CPU seconds of a prediction, for a million pixels
+    # expected seconds of the preset's search without masks, for a million pixels, from which on
+    # masks are made: an easier frame has little time to save, and few bytes, of which a few are
+    # much
+    least: float = 0.0
 
     def __post_init__(self):
         if not self.prices or list(self.prices) != sorted(self.prices) or self.prices[0] < 0:
@@ -674,6 +678,8 @@ class PricedMasks:
         "The masks of a frame."
         height, width = luma.shape
         levels, stock = self.model.expect(probabilities, luma, qindex)
+        if stock < self.least * luma.size / 1e6:
+            return MaskTable.empty(1, width, height)
         paid = self.prediction * luma.size / 1e6 / stock
         for price in reversed(self.prices):
             found = decide(levels, price)

@@ -397,7 +397,7 @@ def test_with_predictions_or_said_why_not(tmp_path):
         load_encoder()
     except LibaomError as missing:
         pytest.skip(str(missing))
-    done = av1nb(*common, "--out", tmp_path / "ours.avif")
+    done = av1nb(*common, "--out", tmp_path / "ours.avif", "--budget", 8)
     assert "predicted, masks" in done.stdout
     for name in ("stock.avif", "ours.avif"):
         assert Image.open(tmp_path / name).size == (128, 96)
