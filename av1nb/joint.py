@@ -218,7 +218,6 @@ class JointRecipe:
     power: float = 1.0  # below 1 small frames are seen more often than their share of superblocks
     # share of the crops that are drawn by their nodes of 16×16 and teach only the levels 16 and 8
     detail: float = 0.0
-    chroma: bool = False  # True: the network sees the chroma at half resolution, too
     context: bool = True  # False: every superblock is looked at by itself
     flat: bool = False  # True: one softmax over ten types instead of the hierarchy
     # channels at 1/4, 1/8, 1/16, and at 1/32 and 1/64 of the resolution
@@ -244,7 +243,7 @@ def _config_of(recipe):
 
 def _network_settings(recipe):
     "Settings of `JointModel` that a recipe asks for."
-    names = ("flat", "qindex", "conditions", "chroma", "context", "dropout", "widths", "depths")
+    names = ("flat", "qindex", "conditions", "context", "dropout", "widths", "depths")
     return {name: getattr(recipe, name) for name in names}
 
 
@@ -355,6 +354,7 @@ def train_frames(
     out_dir: str | Path,  # folder for the checkpoints
     recipe: JointRecipe | Mapping = {},  # or the fields of it that differ
     progress: bool = True,  # show a progress bar
+    chroma: bool = False,  # True: the network sees the chroma at half resolution, too
     *,
     provenance: Mapping,  # what the checkpoints shall say, at least `split_hash`
 ):
@@ -373,7 +373,7 @@ def train_frames(
             recipe.side,
             device,
             levels=levels,
-            chroma=recipe.chroma,
+            chroma=chroma,
         )
         for split in ("train", "val")
     )
@@ -389,6 +389,7 @@ def train_frames(
         progress,
         recipe.power,
         recipe.detail,
+        chroma=chroma,
         **_network_settings(recipe),
     )
 
@@ -399,6 +400,7 @@ def train_material(
     recipe: JointRecipe | Mapping = MATERIAL,  # or the fields of it that differ
     materials: Iterable[str] | None = None,  # kinds of material to train on; None: all
     progress: bool = True,  # show a progress bar
+    chroma: bool = False,  # True: the network sees the chroma at half resolution, too
 ):
     """`(model with its best weights, History)`: train on the training frames of a set, choose the
     epoch by its validation frames.
@@ -416,6 +418,7 @@ def train_material(
         out_dir,
         recipe,
         progress,
+        chroma,
         provenance=dict(
             split_hash=sha256(str(places).encode()),
             materials=materials or sorted(table["material"].unique()),
