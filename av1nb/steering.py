@@ -7,7 +7,7 @@ __all__ = ['HOOK_VERSION', 'RELEASE', 'HOOK', 'encoder_cache', 'find_encoder', '
            'encode_masked', 'search_costs', 'record_costs', 'label_stability', 'shipped_decisions', 'shipped_policies',
            'shipped_weights', 'save_policies', 'policy_for', 'tuned_with', 'BlockLook', 'block_look', 'silent_share',
            'why_aside', 'PricedMasks', 'predict_masks', 'encode_predicted', 'measure_conditions', 'follow_network',
-           'follow_price', 'measure_encodes']
+           'measure_encodes']
 
 # %% ../nbs/29_steering.ipynb #ae44d329
 import ctypes
@@ -45,13 +45,7 @@ from av1nb.masks import (
     masks_of_decisions,
     uniform_masks,
 )
-from av1nb.costs import (
-    DecisionModel,
-    SearchLog,
-    load_decisions,
-    log_from_tables,
-    same_labels,
-)
+from .costs import DecisionModel, SearchLog, log_from_tables, same_labels
 
 # %% ../nbs/29_steering.ipynb #e714c7fa
 HOOK_VERSION = 1  # of the three functions and of the tables, see libaom/av1nb_hook.h
@@ -817,7 +811,7 @@ def measure_conditions(
 # %% ../nbs/29_steering.ipynb #5c41e0b2
 def follow_network(
     weights: str | os.PathLike,  # checkpoint of a joint network; a process loads it once
-    policy: MaskPolicy,  # thresholds
+    policy: MaskPolicy | PricedMasks,  # thresholds, or decisions for a price
     luma: Sequence[np.ndarray],  # frames of one size, uint16 [H, W], 10 bits
     qindex: int,  # quantiser that the encoder will use
     stock: Callable,  # the stock encode; not asked for
@@ -825,21 +819,6 @@ def follow_network(
     "A condition of `measure_conditions`: `partial(follow_network, weights, policy)`."
     predictor = once(JointPredictor.load, str(weights))
     return predict_masks(predictor, luma, qindex, policy)
-
-
-def follow_price(
-    weights: str | os.PathLike,  # checkpoint of a joint network; a process loads it once
-    decisions: str | os.PathLike,  # file of `costs.save_decisions`, loaded once, too
-    cpu_used: int,  # preset whose model decides
-    price: float,  # of the preset's whole time, as a share of the frame's cost
-    luma: Sequence[np.ndarray],  # frames of one size, uint16 [H, W], 10 bits
-    qindex: int,  # quantiser that the encoder will use
-    stock: Callable,  # the stock encode; not asked for
-) -> tuple[MaskTable, float]:  # masks; CPU seconds that they took
-    "A condition of `measure_conditions`: `partial(follow_price, weights, decisions, 1, 0.02)`."
-    predictor = once(JointPredictor.load, str(weights))
-    models, _ = once(load_decisions, str(decisions))
-    return predict_masks(predictor, luma, qindex, PricedMasks(models[cpu_used], (price,)))
 
 # %% ../nbs/29_steering.ipynb #34198a92
 def measure_encodes(
