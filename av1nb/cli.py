@@ -713,24 +713,24 @@ def _within_budget(budget, weights, policies, cpu_used, library):
     return policy, said + _with_another_libaom(steering.tuned_with(policies), library.version)
 
 
-def _within_time(wanted, luma=None, qindex=None):
-    """Preset and decisions for a share of the time of speed 1, and what is to be said of them; for
-    a frame, or without one for pictures as the calibration had them; None for no masks.
+def _within_time(wanted, look=None):
+    """Preset and decisions for a share of the time of speed 1, and what is to be said of them; None
+    for no masks. `look` gives the curve of a frame by the rule, None where it stands aside; without
+    it pictures are as the calibration had them.
     """
-    from av1nb import costs, joint, steering, tradeoff
+    from av1nb import costs, steering, tradeoff
 
     models, facts = costs.load_decisions(steering.shipped_decisions())
     promises = tradeoff.read_promises(facts)
     presets = {int(preset): own for preset, own in facts["presets"].items()}
     curves = {preset: tradeoff.usual_curve(promise) for preset, promise in promises.items()}
-    if luma is not None:
-        maps = joint.JointPredictor.load(steering.shipped_weights()).maps(luma, qindex)
-        curves = {
-            preset: steering.PricedMasks(models[preset], promise.prices).curve(maps, luma, qindex)
+    if look is not None:
+        rules = {
+            preset: steering.PricedMasks(models[preset], promise.prices)
             for preset, promise in promises.items()
         }
-        if steering.why_aside(luma, qindex=qindex):
-            curves = {}
+        curves = {preset: look(rule) for preset, rule in rules.items()}
+        curves = {preset: curve for preset, curve in curves.items() if curve is not None}
     point = tradeoff.within_time(wanted, presets, promises, curves)
     masks = None
     if point.price is not None:
@@ -738,7 +738,7 @@ def _within_time(wanted, luma=None, qindex=None):
     return point.cpu_used, masks, f"for {wanted:g} of the time of speed 1: {point}"
 
 
-def _chosen(steer, cpu_used, library, **frame):
+def _chosen(steer, cpu_used, library, look=None):
     "Preset, masks, and what is to be said: for a time where one is asked for, else for a budget."
     budget, weights, policies, wanted = steer
     if wanted is None:
@@ -748,7 +748,7 @@ def _chosen(steer, cpu_used, library, **frame):
             "--time chooses the preset and the masks by what was calibrated with the shipped"
             " network: leave out --speed, --weights and --policies"
         )
-    return _within_time(wanted, **frame)
+    return _within_time(wanted, look)
 
 # %% ../nbs/34_cli.ipynb #a81c0003
 def _steering(steer, cpu_used):
@@ -809,7 +809,7 @@ def _without_masks(film, out, settings):
         f" {result.user:.2f} CPU s\nWritten to {out}"
     )
 
-
+# %% ../nbs/34_cli.ipynb #a81c0007
 def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
     "A film as IVF or in a container; `read` is what `read_pictures` takes."
     from av1nb import encoding, joint, pictures, steering, stills
@@ -819,8 +819,23 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
     loading = time.process_time()  # since the process began, so with PyTorch's import
     film = pictures.read_pictures(*read)
     started = time.process_time()
-    first = film.planes[0][0]
-    cpu_used, policy, said = _chosen(steer, cpu_used, library, luma=first, qindex=qindex)
+    luma = [planes[0] for planes in film.planes]
+
+    @functools.cache
+    def network():
+        return joint.JointPredictor.load(steer[1] or steering.shipped_weights())
+
+    @functools.cache
+    def aside_of(number):
+        return steering.why_aside(luma[number], qindex=qindex)
+
+    def look(rule):
+        "What prices do to the first frame."
+        if aside_of(0):
+            return None
+        return rule.curve(network().maps(luma[0], qindex), luma[0], qindex)
+
+    cpu_used, policy, said = _chosen(steer, cpu_used, library, look)
     tags = None if film.cicp == (2, 2, 2) else encoding.ColourTags(*film.cicp)
     settings = dict(cpu_used=cpu_used, colour={"tags": tags}, encoder=library)
     if policy is None:
@@ -828,12 +843,12 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
             raise ValueError(f"--all-quantisers compares masks with none, and there are {said}")
         typer.echo(f"{film}; {said}")
         return _without_masks(film, out, settings | dict(cq_level=cq_level))
-    predictor = joint.JointPredictor.load(steer[1] or steering.shipped_weights())
+    predictor = network()
     predictor.warm_up(film.width, film.height, qindex)
     loading += time.process_time() - started
     typer.echo(f"{film}; {said}")
     started = time.process_time()
-    aside = [steering.why_aside(planes[0], qindex=qindex) for planes in film.planes]
+    aside = list(map(aside_of, range(len(film))))
     looked = time.process_time() - started
     if reasons := list(filter(None, aside)):
         typer.echo(
