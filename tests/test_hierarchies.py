@@ -84,8 +84,8 @@ def test_each_has_its_own_stages_and_reports(compared):
             and attribution["uncovered"]["blocks"] == 0
         )
         figures = {p.name for p in (own / "figures").iterdir()}
-        assert {"confusion_ten.png", "error_flow.png", "predicted_beside_coded.png"} <= figures
-        assert ("thresholds_stage1.png" in figures) == (name == "v5")
+        assert {"confusion_ten.svg", "error_flow.svg", "predicted_beside_coded.png"} <= figures
+        assert ("thresholds_stage1.svg" in figures) == (name == "v5")
     assert set(
         json.loads((run / "v5/seed_1/reports/thresholds.json").read_text())["thresholds"]
     ) == {"stage1"}

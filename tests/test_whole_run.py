@@ -25,7 +25,9 @@ def test_every_stage_leaves_its_notebook_and_files(small_run):
             cell.execution_count for cell in nb.cells if cell.cell_type == "code" and cell.source
         ), stage.name
         small_run.require(*stage.makes)
-    assert len(list((small_run / "figures").glob("*.png"))) >= 10
+    pictures = {p.stem for p in (small_run / "figures").glob("*.png")}
+    assert pictures == {"raw_tree", "samples_RECT", "samples_AB", "predicted_beside_coded"}
+    assert len(list((small_run / "figures").glob("*.svg"))) >= 10
     assert not list(small_run.path.rglob("*.part*"))
 
 
