@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MATERIALS', 'FRAME_SIZES', 'PRESETS', 'LEVELS_OF_QUALITY', 'photon_noise', 'noise_level', 'darker', 'recode',
            'screen', 'title', 'between_bars', 'faded', 'PictureSource', 'FramePlan', 'split_of', 'draw_encodes',
-           'plan_frames', 'MaterialError', 'free_sources', 'fetch_source', 'picture_sources', 'folder_sources',
-           'make_frame', 'frame_tree', 'repeats_of', 'build_material', 'MaterialFrame', 'load_material',
-           'material_table', 'material_counts', 'type_shares', 'agreement', 'material_card', 'recording_of',
-           'frame_blocks', 'material_blocks', 'materials_of']
+           'further_encodes', 'plan_frames', 'MaterialError', 'free_sources', 'fetch_source', 'picture_sources',
+           'folder_sources', 'make_frame', 'frame_tree', 'repeats_of', 'build_material', 'MaterialFrame',
+           'load_material', 'material_table', 'material_counts', 'type_shares', 'agreement', 'material_card',
+           'recording_of', 'frame_blocks', 'material_blocks', 'materials_of']
 
 # %% ../nbs/22_material.ipynb #0e0acada
 import io
@@ -21,7 +21,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -357,21 +357,42 @@ PRESETS = (*(("allintra", speed) for speed in range(7)), *(("good", s) for s in 
 LEVELS_OF_QUALITY = (5, 62)  # least and greatest constant quality level that is drawn
 
 # %% ../nbs/22_material.ipynb #62c2d5f7
+_FINE = 20  # greatest quality level of `further_encodes`
+_FURTHER = dict(camera=3, rendered=2, dark=2, empty=2)  # how many of them; others have one
+
+
+def _encodes_of(presets, levels, rng):
+    "An encode with each preset, at a level and with a kind of superblock that are drawn."
+    return tuple(
+        dict(
+            mode=mode,
+            cpu_used=cpu_used,
+            qindex=qindex_of(int(rng.integers(levels[0], levels[1] + 1))),
+            superblock=int(rng.choice((64, 0))),
+        )
+        for mode, cpu_used in presets
+    )
+
+
 def draw_encodes(
     count: int,  # encodes of the frame
     rng: np.random.Generator,  # of presets, levels and superblocks
 ) -> tuple:  # of `FramePlan.encodes`
     "Presets without repetition, each with a quality level and a kind of superblock."
     chosen = rng.choice(len(PRESETS), count, replace=False)
-    return tuple(
-        dict(
-            mode=PRESETS[k][0],
-            cpu_used=PRESETS[k][1],
-            qindex=qindex_of(int(rng.integers(LEVELS_OF_QUALITY[0], LEVELS_OF_QUALITY[1] + 1))),
-            superblock=int(rng.choice((64, 0))),
-        )
-        for k in chosen
-    )
+    return _encodes_of([PRESETS[k] for k in chosen], LEVELS_OF_QUALITY, rng)
+
+
+def further_encodes(
+    material: str,  # one of `MATERIALS`
+    encodes: Sequence[Mapping],  # of the frame, whose presets are not taken again
+    rng: np.random.Generator,  # of presets, levels and superblocks
+) -> tuple:  # of `FramePlan.encodes`
+    "Encodes at fine levels, which a draw over all levels hardly meets; more where frames are few."
+    taken = {(own["mode"], own["cpu_used"]) for own in encodes}
+    free = [preset for preset in PRESETS if preset not in taken]
+    chosen = rng.choice(len(free), _FURTHER.get(material, 1), replace=False)
+    return _encodes_of([free[k] for k in chosen], (LEVELS_OF_QUALITY[0], _FINE), rng)
 
 
 # of each kind of source: material, and how many frames of it a source gives on average
@@ -466,10 +487,20 @@ def _drawing(number, material, step, encodes, seed):
     return FramePlan(group, group, split, material, size, ((step, ()),), drawn, own)
 
 # %% ../nbs/22_material.ipynb #f1b776d3
+def _with_further(plan, seed):
+    "The plan of a frame, with encodes at fine levels where it teaches or chooses an epoch."
+    if plan.split == "test":
+        return plan
+    rng = _generator(seed, f"{plan.name} further")
+    more = further_encodes(plan.material, plan.encodes, rng)
+    return replace(plan, encodes=plan.encodes + more)
+
+
 def plan_frames(
     sources: Iterable[PictureSource],  # photographs and frames of films
     drawings: int = 40,  # screens, and as many titles
-    encodes: int = 2,  # of each frame; test frames have one, and two that differ by one step
+    # of each frame, beside `further_encodes`; test frames have one, and two that differ by one step
+    encodes: int = 2,
     amount: float = 1.0,  # frames of each source, as a factor on what is usual
     seed: int = 42,  # of all that is drawn
 ) -> list[FramePlan]:  # in an order in which any beginning holds some of everything
@@ -488,6 +519,7 @@ def plan_frames(
     for number in range(drawings):
         for material, step in (("screen", "screen"), ("empty", "title")):
             plans.append(_drawing(number, material, step, encodes, seed))
+    plans = [_with_further(plan, seed) for plan in plans]
     return sorted(plans, key=lambda plan: sha256(plan.name.encode()))
 
 # %% ../nbs/22_material.ipynb #f301252f
@@ -750,11 +782,28 @@ def repeats_of(
 _FORMAT = "av1nb material 1"
 
 
+def _begun(plan, out):
+    "Arrays and encodes of a frame that is there but lacks the last encodes of its plan."
+    path = out / f"{plan.name}.json"
+    if not path.is_file() or not path.with_suffix(".npz").is_file():
+        return {}, []
+    stored = read_json(path, MaterialError, "Delete it and build again.")
+    kept, there = stored.get("plan", {}), stored.get("encodes", [])
+    asked = as_json(asdict(plan))
+    first = dict(encodes=asked["encodes"][: len(there)])
+    if kept != asked | first or sha256_of_file(path.with_suffix(".npz")) != stored["sha256"]:
+        return {}, []
+    with np.load(path.with_suffix(".npz")) as arrays:
+        return dict(arrays), there
+
+
 def _build_frame(plan, folder, out):
-    "Make one frame and its trees, and write both."
-    planes = make_frame(plan, folder)
-    arrays, encodes = dict(zip("yuv", planes)), []
-    for number, asked in enumerate(plan.encodes):
+    "Make one frame and its trees, or those trees that it lacks, and write both."
+    arrays, encodes = _begun(plan, out)
+    if not encodes:
+        arrays = dict(zip("yuv", make_frame(plan, folder)))
+    planes = tuple(arrays[name] for name in "yuv")
+    for number, asked in list(enumerate(plan.encodes))[len(encodes) :]:
         arrays[f"nodes{number}"], side, seconds = frame_tree(planes, **asked)
         encodes.append(asked | dict(superblock=side, seconds=round(seconds, 3)))
         if plan.split != "test":
