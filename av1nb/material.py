@@ -503,6 +503,7 @@ def plan_frames(
     encodes: int = 2,
     amount: float = 1.0,  # frames of each source, as a factor on what is usual
     seed: int = 42,  # of all that is drawn
+    further: bool = True,  # False: no `further_encodes`
 ) -> list[FramePlan]:  # in an order in which any beginning holds some of everything
     """Plans of all frames. What one source becomes does not depend on the others.
 
@@ -519,7 +520,8 @@ def plan_frames(
     for number in range(drawings):
         for material, step in (("screen", "screen"), ("empty", "title")):
             plans.append(_drawing(number, material, step, encodes, seed))
-    plans = [_with_further(plan, seed) for plan in plans]
+    if further:
+        plans = [_with_further(plan, seed) for plan in plans]
     return sorted(plans, key=lambda plan: sha256(plan.name.encode()))
 
 # %% ../nbs/22_material.ipynb #f301252f
