@@ -352,7 +352,10 @@ def provenance(
     input. Raises `FileNotFoundError` for an input that is not there.
     """
     rows = {"command": command, "commit": _commit(), "code": code_hash()}
-    rows |= {f"SHA-256 of {os.fspath(path)}": sha256_of_file(from_root(path)) for path in inputs}
+    for path in inputs:
+        within = Path(path).is_relative_to(repository())
+        name = Path(path).relative_to(repository()).as_posix() if within else os.fspath(path)
+        rows[f"SHA-256 of {name}"] = sha256_of_file(from_root(path))
     return _Whole(pd.Series(rows, name="value"))
 
 # %% ../nbs/30_runs.ipynb #a1c0de05
