@@ -292,6 +292,12 @@ def _fit(table):
     table["class"] = [*table.get("class", []), *small]
 
 
+def _as_wide(drawing):
+    "A drawing as wide as it was made and at most as its line, and as high as that makes it."
+    drawing["style"] = f"width: {drawing['width']}; {drawing.get('style', '')}"
+    del drawing["width"], drawing["height"]
+
+
 def chapter_html(
     html: str,  # of a page of the site
     page: str,  # its file below the site
@@ -303,7 +309,7 @@ def chapter_html(
     main = BeautifulSoup(html, "html.parser").find("main")
     for element in main.select(_SCREEN):
         element.decompose()
-    for element in main.select("[id]"):
+    for element in main.select("[id]:not(svg *)"):  # drawings refer to their own parts
         element["id"] = _place(page, element["id"])
     for link in main.select("a[href]"):
         target = _book_link(link["href"], page, pages)
@@ -314,6 +320,8 @@ def chapter_html(
     for image in main.select("img[src]"):
         if not re.match(r"[a-z]+:", image["src"]):
             image["src"] = os.path.normpath(os.path.join(os.path.dirname(page), image["src"]))
+    for drawing in main.select("svg[viewbox][width]"):
+        _as_wide(drawing)
     for formula in main.select("span.math"):
         tex = re.sub(r"^\\\\[(\\[]|\\\\[)\\]]$", "", formula.get_text().strip()).strip()
         drawn = _formula(tex, "display" in formula["class"])
