@@ -59,8 +59,8 @@ pdf: $(STAMP) ## print the whole site into _book/av1nb.pdf (some minutes; needs 
 	$(BIN)/python -c "from av1nb import pages; print(pages.print_site('_proc/$(SITE)', '_quarto.yml', 'nbs/book.css', '_book/av1nb.pdf', pages.edition()), 'pages')"
 	@echo "The book is _book/av1nb.pdf"
 
-lab: $(STAMP) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab nbs
+lab: $(STAMP) ## open the notebooks in JupyterLab (LAB="…": its own options, such as --no-browser, or --allow-root in a container)
+	$(BIN)/jupyter lab nbs $(LAB)
 
 readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout --TagRemovePreprocessor.enabled=True nbs/index.ipynb | sed -E 's#\]\((images/|[a-z0-9_/]+\.ipynb)#](nbs/\1#g' > README.md.part
