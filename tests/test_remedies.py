@@ -8,12 +8,13 @@ import torch
 
 from av1nb import recipes
 from av1nb.datasets import BlockSet, stage_subset
-from av1nb.files import repository
+from av1nb.files import read_json, repository
 from av1nb.heads import build_model, find_hierarchy, read_checkpoint, load_backbone
 from av1nb.losses import Strays, Taught, TwoTasks, project_conflicts
 from av1nb.partitions import V6, V6_REJECT, PartitionType, children
 from av1nb.pages import read_references
 from av1nb.pipeline import load_stages
+from conftest import av1nb
 
 SHORT = dict(epochs=1, batch_size=32, patience=0)
 
@@ -205,3 +206,23 @@ def test_every_remedy_names_a_work_and_changes_something():
             != recipes.recipe_for(tree, stage)
             for stage in one.changes
         ), name
+
+
+def test_compare_takes_remedies_by_name(tmp_path):
+    "Rows of the table beside v6, on the same blocks, each trained as its recipe says."
+    said = av1nb(
+        *("compare", "--run-dir", tmp_path, "--remedy", "residual_adapters"),
+        *("-p", "size=8", "-p", "epochs=1", "-p", "batch_size=512"),
+        *("-p", "pictures=[coins,text,rocket]", "-p", "fractions=[0.34,0.33,0.33]"),
+    ).stdout
+    models = ["v6", "v6:residual_adapters"]
+    rows = read_json(tmp_path / "comparison.json")["rows"]
+    assert [row["model"] for row in rows] == models and all(name in said for name in models)
+    assert len({row["split"] for row in rows}) == len({row["blocks"] for row in rows}) == 1
+    adapters = []
+    for name in models:
+        own = tmp_path / f"{name.replace(':', '-')}/seed_42/models/stage2_model_best.pt"
+        adapters.append(read_checkpoint(own)["provenance"]["recipe"]["adapter"])
+    assert adapters == [None, "residual"]
+    done = av1nb("compare", "--run-dir", tmp_path, "--remedy", "hope", check=False)
+    assert done.returncode == 1 and "there is no model 'v6:hope'" in done.stderr
