@@ -699,15 +699,16 @@ def _within_budget(budget, weights, policies, cpu_used, library):
     """
     from av1nb import costs, steering, tradeoff
 
-    if policies is None and cpu_used > _TUNED:
-        return None, f"no masks at speed {cpu_used}: it searches too little for them to pay"
     if weights is None and policies is None:
         models, facts = costs.load_decisions(steering.shipped_decisions())
         promise = tradeoff.read_promises(facts).get(cpu_used)
         if promise is not None:
-            masks = tradeoff.promised_masks(models[cpu_used], promise, budget)
+            easy = tradeoff.easy_below(facts, cpu_used)
+            masks = tradeoff.promised_masks(models[cpu_used], promise, budget, least=easy)
             said = tradeoff.promise_sentence(promise, budget)
             return masks, said + _with_another_libaom(facts["libaom"], library.version)
+    if policies is None and cpu_used > _TUNED:
+        return None, f"no masks at speed {cpu_used}: it searches too little for them to pay"
     policy, share, loss = steering.policy_for(budget, cpu_used, policies)
     said = f"policy: {loss:+.2f} % BD-rate at {share:.2f} of the time on the validation pictures"
     return policy, said + _with_another_libaom(steering.tuned_with(policies), library.version)
@@ -726,7 +727,9 @@ def _within_time(wanted, look=None):
     curves = {preset: tradeoff.usual_curve(promise) for preset, promise in promises.items()}
     if look is not None:
         rules = {
-            preset: steering.PricedMasks(models[preset], promise.prices)
+            preset: steering.PricedMasks(
+                models[preset], promise.prices, least=tradeoff.easy_below(facts, preset)
+            )
             for preset, promise in promises.items()
         }
         curves = {preset: look(rule) for preset, rule in rules.items()}
@@ -833,7 +836,8 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
         "What prices do to the first frame."
         if aside_of(0):
             return None
-        return rule.curve(network().maps(luma[0], qindex), luma[0], qindex)
+        maps = network().maps(luma[0], qindex)
+        return None if rule.is_easy(maps, luma[0], qindex) else rule.curve(maps, luma[0], qindex)
 
     cpu_used, policy, said = _chosen(steer, cpu_used, library, look)
     tags = None if film.cicp == (2, 2, 2) else encoding.ColourTags(*film.cicp)
@@ -898,7 +902,7 @@ _Speed = Annotated[
         "--speed",
         min=0,
         max=9,
-        help="libaom's speed preset; there are masks to 4, films to 6",
+        help="libaom's speed preset; there are masks to 5, films to 6",
     ),
 ]
 _Budget = Annotated[

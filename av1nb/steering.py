@@ -649,6 +649,18 @@ class PricedMasks:
         if not self.prices or list(self.prices) != sorted(self.prices) or self.prices[0] < 0:
             raise ValueError(f"Prices must rise and be at least 0, not {self.prices!r}.")
 
+    def is_easy(
+        self,
+        probabilities: Mapping[int, np.ndarray],  # size → [rows, columns, 10], of the network
+        luma: np.ndarray,  # uint16 [H, W], 10 bits
+        qindex: int,  # quantiser index, 0–255
+    ) -> bool:
+        "Whether the whole search of a frame is expected to take less than `least`."
+        return self._is_easy(self.model.expect(probabilities, luma, qindex)[1], luma)
+
+    def _is_easy(self, stock, luma):
+        return stock < self.least * luma.size / 1e6
+
     def curve(
         self,
         probabilities: Mapping[int, np.ndarray],  # size → [rows, columns, 10], of the network
@@ -672,7 +684,7 @@ class PricedMasks:
         "The masks of a frame."
         height, width = luma.shape
         levels, stock = self.model.expect(probabilities, luma, qindex)
-        if stock < self.least * luma.size / 1e6:
+        if self._is_easy(stock, luma):
             return MaskTable.empty(1, width, height)
         paid = self.prediction * luma.size / 1e6 / stock
         for price in reversed(self.prices):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EASY', 'bd_rate', 'local_rate', 'compare_encodes', 'compare_pictures', 'compare_conditions', 'lower_hull',
            'below_hull', 'undominated', 'tune_policy', 'groups_needed', 'Promise', 'promised_factor', 'promised_time',
-           'read_promises', 'promised_masks', 'promise_sentence', 'SpeedPoint', 'usual_curve', 'within_time']
+           'read_promises', 'easy_below', 'promised_masks', 'promise_sentence', 'SpeedPoint', 'usual_curve',
+           'within_time']
 
 # %% ../nbs/31_tradeoff.ipynb #4f8e5380
 import bisect
@@ -373,7 +374,17 @@ def read_promises(
     return found
 
 
-EASY = 5.0  # expected seconds of a search for a million pixels, below which nothing is promised
+# expected seconds of a search of the slowest preset, for a million pixels, below which nothing is
+# promised
+EASY = 5.0
+
+
+def easy_below(
+    facts: Mapping,  # of `costs.load_decisions`
+    cpu_used: int,  # speed preset
+) -> float:  # seconds of this preset
+    "`EASY` in the time of a preset, as the calibration found it."
+    return float(facts.get("easy", {}).get(str(cpu_used), EASY))
 
 
 def promised_masks(
@@ -383,6 +394,7 @@ def promised_masks(
     risk: float = 0.1,  # share of new groups that may lose more
     longest: float = 0.95,  # share of the preset's time from which on masks do not pay
     prediction: float = 0.1,  # CPU seconds of a prediction, for a million pixels
+    least: float = EASY,  # expected seconds of the search, for a million pixels: see `easy_below`
 ) -> PricedMasks:
     """The rule that keeps a budget. It makes no masks at all where nothing can be promised.
 
@@ -398,7 +410,7 @@ def promised_masks(
         -1.0 if math.isinf(factor) else budget / 100 / max(factor, 1e-9),
         (longest - level) / slope if slope > 0 else math.inf,
         prediction,
-        EASY,
+        least,
     )
 
 

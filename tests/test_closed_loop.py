@@ -119,7 +119,7 @@ def test_a_second_encode_of_the_size_waits_for_nothing(video):
         (("--policies", "setup.py"), "setup.py is damaged or no JSON"),
         (("--weights", "nothing.pt"), "nothing.pt"),
         (("--speed", "7"), "cpu_used is 7; it must be a whole number from 0 to 6"),
-        (("--speed", "5", "--all-quantisers"), "there are no masks at speed 5"),
+        (("--speed", "6", "--all-quantisers"), "there are no masks at speed 6"),
         (("--speed", "2", "--policies", "POLICIES"), "no tuned policies for speed 2"),
     ],
 )
