@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EASY', 'bd_rate', 'local_rate', 'compare_encodes', 'compare_pictures', 'compare_conditions', 'lower_hull',
            'below_hull', 'undominated', 'tune_policy', 'groups_needed', 'Promise', 'promised_factor', 'promised_time',
-           'read_promises', 'easy_below', 'promised_masks', 'promise_sentence', 'SpeedPoint', 'usual_curve',
-           'within_time']
+           'promised_longest', 'read_promises', 'easy_below', 'promised_masks', 'promise_sentence', 'SpeedPoint',
+           'usual_curve', 'within_time']
 
 # %% ../nbs/31_tradeoff.ipynb #4f8e5380
 import bisect
@@ -356,6 +356,19 @@ def promised_time(
     slope, level = np.polyfit(x, y, 1)
     return float(level), float(slope)
 
+
+def promised_longest(
+    promise: Promise,  # calibration frames
+    most: float = 0.95,  # from here on masks hardly save time
+    slowest: float = 1.05,  # time that no frame may take
+) -> float:
+    """Foretold time, by `promised_time`, from which on there shall be no masks: `most`, or less
+    where a calibration frame that was foretold less took longer than `slowest`.
+    """
+    level, slope = promised_time(promise)
+    foretold = level + slope * promise.expected_time
+    return float(min([most, *foretold[promise.time > slowest]]))
+
 # %% ../nbs/31_tradeoff.ipynb #d0c40008
 def read_promises(
     facts: Mapping,  # of `costs.load_decisions`
@@ -392,7 +405,8 @@ def promised_masks(
     promise: Promise,  # of the same preset and model
     budget: float,  # percent that a frame may lose
     risk: float = 0.1,  # share of new groups that may lose more
-    longest: float = 0.95,  # share of the preset's time from which on masks do not pay
+    # share of the preset's time from which on masks do not pay; None: `promised_longest`
+    longest: float | None = None,
     prediction: float = 0.1,  # CPU seconds of a prediction, for a million pixels
     least: float = EASY,  # expected seconds of the search, for a million pixels: see `easy_below`
 ) -> PricedMasks:
@@ -404,6 +418,8 @@ def promised_masks(
         raise ValueError(f"No price of time keeps a BD-rate of {budget:g} %: give 0 or more.")
     factor = promised_factor(promise, budget, risk)
     level, slope = promised_time(promise)
+    if longest is None:
+        longest = promised_longest(promise)
     return PricedMasks(
         model,
         promise.prices,
