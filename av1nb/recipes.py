@@ -482,7 +482,7 @@ def make_objective(
 ) -> Objective:
     """Loss of a recipe for these class counts.
 
-    Raises `ValueError` for a loss that does not fit the number of logits.
+    Raises `ValueError` for a loss that does not fit the number of logits, or that is only a name.
     """
     binary = is_binary(hierarchy or model.hierarchy, model.stage)
     counts = torch.as_tensor(counts)
@@ -511,6 +511,8 @@ def make_objective(
                 " loss=focal with balanced=true"
             )
         criterion = balanced_loss(recipe, counts)
+    elif recipe.loss not in ("cross_entropy", "weighted_cross_entropy"):
+        raise ValueError(f"{recipe.loss} is one of LOSSES, but make_objective has no class for it")
     else:
         weight = (
             inverse_frequency_weights(counts) if recipe.loss == "weighted_cross_entropy" else None
