@@ -407,8 +407,7 @@ def predict(
     if not video.is_file():
         raise FileNotFoundError(f"there is no file {video}")
     typer.echo(f"Predicting the partitions of {video} …")
-    from av1nb import figures, joint, pictures, pipeline
-    from av1nb.encoding import Conditions
+    from av1nb import encoding, figures, joint, pictures, pipeline
     from av1nb.files import atomic_file
     from av1nb.partitions import PartitionType
 
@@ -419,9 +418,10 @@ def predict(
     found = pictures.read_pictures(video, frames or None, width, height, bits, chroma=False)
     typer.echo(f"by {source}\n{found}")
     if cascade:
+        model.conditions = encoding.Conditions(0, mode, preset, superblock)
         table = pipeline.predict_frames(model, found.luma, qindex)
     else:
-        told = Conditions(qindex, mode, preset, superblock, min(found.luma.shape[1:]))
+        told = encoding.Conditions(qindex, mode, preset, superblock, min(found.luma.shape[1:]))
         table = joint.tree_table(model, found.luma, told, confidence)
     with atomic_file(out) as part:
         table.to_csv(part, index=False, float_format="%.6g")
@@ -448,17 +448,20 @@ def _evaluate_stream(stream, predictor, network, shown, told, out):
     """Compare one network with one stream; `shown` is what `intra_frames` takes beside it, `told`
     what the stream does not tell of its encode.
     """
-    from av1nb import figures, joint
+    from av1nb import figures, joint, pipeline
+    from av1nb.encoding import Conditions
     from av1nb.files import save_json
 
     video, frames, *size = shown
     source = joint.source_of(stream, video, *size)
     typer.echo(f"asked: {network}\nseen: {source}")
+    first = next(joint.intra_frames(stream, video, 1, *size), None)
+    if first is not None and isinstance(predictor, pipeline.Pipeline):
+        predictor.conditions = Conditions(0, superblock=first.sb_size, **told)
     found = joint.intra_frames(stream, *shown)
     report = joint.tree_report(found, predictor, str(stream), told)
     typer.echo(f"\n{joint.report_text(report)}")
     save_json({"stream": str(stream), "network": network, "pictures": source, **report}, out)
-    first = next(joint.intra_frames(stream, video, 1, *size))
     figures.savefig(
         figures.compare_overlays(first.luma, *joint.compared_nodes(predictor, first)),
         out.with_suffix(".png"),
@@ -468,11 +471,15 @@ def _evaluate_stream(stream, predictor, network, shown, told, out):
 
 def _evaluate_folder(folder, loaded, told, sources, out):
     "Compare networks (predictor, name) with the streams of a folder, group by group."
-    from av1nb import whole_frames
+    from av1nb import pipeline, whole_frames
+    from av1nb.encoding import Conditions
     from av1nb.whole_frames import StreamPlan
 
     plan, networks = StreamPlan(**told), [name for _, name in loaded]
     predictors = [predictor for predictor, _ in loaded]
+    for predictor in predictors:
+        if isinstance(predictor, pipeline.Pipeline):
+            predictor.conditions = Conditions(0, told["mode"], told["cpu_used"])
     said = ["asked: " + "; ".join(networks), plan.said()]
     typer.echo("\n".join(said))
     tallies, broken = whole_frames.tally_folder(folder, predictors, plan, sources, typer.echo)

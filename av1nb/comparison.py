@@ -286,7 +286,7 @@ def judge_classifiers(
     tree, test, val = pipeline.hierarchy, sets["test"], sets["val"]
     first, thresholds = tree.stage_names[0], {}
     outputs = {
-        split: pipeline.stage_outputs(sets[split].samples, sets[split].qindex)
+        split: pipeline.stage_outputs(sets[split].samples, sets[split].told)
         for split in ("val", "test")
     }
     scores = {split: type_probabilities(own, tree) for split, own in outputs.items()}
@@ -304,7 +304,7 @@ def judge_classifiers(
         decided = {"accuracy": tree.final(classes), "macro_f1": adjusted}
         thresholds["power"] = power
     started = time.perf_counter()
-    pipeline.predict(test.samples, test.qindex)  # as in use: a stage sees what reaches it
+    pipeline.predict(test.samples, test.told)  # as in use: a stage sees what reaches it
     seconds = time.perf_counter() - started
     kept = {
         "types": {objective: _digits(types) for objective, types in decided.items()},

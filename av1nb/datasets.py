@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_PIXEL', 'SPLITS', 'CONTRACT_LABELS', 'CONTRACT_KEYS', 'NORMALISATION', 'LEGACY_NOTE', 'to_float',
            'split_sequences', 'split_hash', 'distribution', 'DatasetError', 'save_tensors', 'load_tensors', 'versions',
-           'Blocks', 'BlockViews', 'BlockSet', 'join_blocks', 'build_block_sets', 'write_block_sets', 'read_metadata',
-           'read_block_sets', 'import_legacy', 'stage_subset', 'bootstrap_variants', 'write_stage3', 'read_stage3',
-           'BalancedSampler', 'values_checked', 'are_checked', 'BatchSource', 'Batches', 'TaughtBatches', 'Audit',
-           'pixel_hashes', 'audit']
+           'Blocks', 'BlockViews', 'EncodedBlocks', 'BlockSet', 'join_blocks', 'build_block_sets', 'write_block_sets',
+           'read_metadata', 'read_block_sets', 'import_legacy', 'stage_subset', 'bootstrap_variants', 'write_stage3',
+           'read_stage3', 'BalancedSampler', 'values_checked', 'are_checked', 'BatchSource', 'Batches', 'TaughtBatches',
+           'Audit', 'pixel_hashes', 'audit']
 
 # %% ../nbs/10_datasets.ipynb #1216b54a
 import io
@@ -42,6 +42,7 @@ from av1nb.files import (
 )
 from .contract import read_partition_logs
 from .blocks import extract_blocks
+from .encoding import CONDITION_LIMITS, DEFAULT_CONDITIONS, MODES
 from .recordings import list_recordings, read_frames, read_recording
 
 # %% ../nbs/10_datasets.ipynb #7ddf241d
@@ -328,6 +329,21 @@ def _require_columns(blocks):
                 f" with {int(values[at])}."
             )
 
+
+def _require_conditions(blocks):
+    "Raise ValueError unless every recording has conditions in their ranges, or none has any."
+    rows, count = list(blocks.conditions), len(blocks.recording_names)
+    limits = np.array(CONDITION_LIMITS)
+    fits = all(np.shape(row) == limits.shape for row in rows)
+    values = np.array(rows) if fits else np.array("")
+    fits = fits and values.dtype.kind == "i" and bool(((values >= 0) & (values < limits)).all())
+    if rows and (len(rows) != count or not fits):
+        raise ValueError(
+            "conditions must be four numbers for each of the"
+            f" {count} recordings, as in encoding.Conditions, each below {CONDITION_LIMITS}, or"
+            f" none at all; the first of {len(rows)} are {str(rows[:2])[:80]}."
+        )
+
 # %% ../nbs/10_datasets.ipynb #8848c84e
 @dataclass(eq=False, repr=False)
 class Blocks:
@@ -354,11 +370,16 @@ class Blocks:
     split_hash: str = ""  # of `assignment`; filled in when empty
     versions: dict = field(default_factory=versions)
     note: str = ""  # what a reader must know about the origin
+    # of each recording what `numbers` of `encoding.Conditions` says beside the qindex: preset,
+    # number of the mode, 1 for superblocks of 128, class; empty where not known
+    conditions: tuple = ()
     # of the file it was loaded from or saved to; a changed copy has none
     sha256: str = field(default="", init=False)
 
     def __post_init__(self):
         _require_columns(self)
+        _require_conditions(self)
+        self.conditions = tuple(tuple(map(int, row)) for row in self.conditions)
         # plain strings only: a str subclass (numpy's) would be refused when the file is read
         self.sequence_names = tuple(map(str, self.sequence_names))
         self.recording_names = tuple(map(str, self.recording_names))
@@ -449,6 +470,29 @@ class BlockViews(Blocks):
         )
         return named + (f"; and {len(index) - limit} more" if len(index) > limit else "")
 
+# %% ../nbs/10_datasets.ipynb #c0d171f7
+class EncodedBlocks(BlockViews):
+    "How the blocks were encoded."
+
+    @property
+    def told(self) -> torch.Tensor:  # int64 [N,5]
+        """The `numbers` of `encoding.Conditions` of every block; `encoding.DEFAULT_CONDITIONS`
+        beside the qindex where they are not known.
+        """
+        rows = self.conditions or (DEFAULT_CONDITIONS,) * len(self.recording_names)
+        own = torch.tensor(rows, device=self.recording.device)[self.recording]
+        return torch.cat([self.qindex[:, None], own], 1)
+
+    @property
+    def encodes(self) -> dict:  # in words → number of blocks; empty where not known
+        "Of which conditions the blocks are."
+        named = [
+            f"{MODES[mode]} {preset}, superblocks of {128 if large else 64}, class {size_class}"
+            for preset, mode, large, size_class in self.conditions
+        ]
+        counts = np.bincount(self.recording.cpu().numpy(), minlength=len(named))
+        return pd.Series(counts[: len(named)], named, int).groupby(level=0).sum().to_dict()
+
 # %% ../nbs/10_datasets.ipynb #f5768118
 def _require_keys(content, path):
     "The content of a file with today's keys. Raises DatasetError for anything but a block set."
@@ -470,8 +514,10 @@ def _require_keys(content, path):
             f"{path} lacks {missing[:6]}: written by other code, without provenance. "
             "Build the set from its recordings, or read it by datasets.import_legacy."
         )
-    tensors = dict.fromkeys((*CONTRACT_KEYS, *_COLUMNS[2:]), torch.Tensor)
-    return require_fields(content, tensors | _KINDS, str(path), DatasetError)
+    content.setdefault("conditions", ())  # older files, and encodes of which they are not known
+    kinds = dict.fromkeys((*CONTRACT_KEYS, *_COLUMNS[2:]), torch.Tensor) | _KINDS
+    kinds["conditions"] = (list, tuple)
+    return require_fields(content, kinds, str(path), DatasetError)
 
 
 def _require_unaltered(blocks, content, path):
@@ -499,7 +545,7 @@ def _require_unaltered(blocks, content, path):
             )
 
 # %% ../nbs/10_datasets.ipynb #553e9f63
-class BlockSet(BlockViews):
+class BlockSet(EncodedBlocks):
     """Blocks of one split, in memory and in a file.
 
     Tensors of N rows: `samples` uint16 [N, 1, S+2m, S+2m] with pixels 0–1023 (S = `size`, m =
@@ -523,6 +569,7 @@ class BlockSet(BlockViews):
             **{name: getattr(self, name).cpu() for name in _COLUMNS[2:]},
             **{name: getattr(self, name) for name in _PROVENANCE},
             "normalisation": NORMALISATION,
+            **({"conditions": self.conditions} if self.conditions else {}),
         }
         self.sha256 = save_tensors(path, content)
         return self.sha256
@@ -544,7 +591,7 @@ class BlockSet(BlockViews):
                 samples=content["samples"],
                 types=content["labels_stage0"],
                 qindex=content["qps"],
-                **{name: content[name] for name in (*_COLUMNS[2:], *_PROVENANCE)},
+                **{name: content[name] for name in (*_COLUMNS[2:], *_PROVENANCE, "conditions")},
             )
         except ValueError as problem:
             raise DatasetError(f"{path}: {problem}") from problem
@@ -762,6 +809,7 @@ def _describe(blocks: BlockSet) -> dict:
             for qindex, counts in by_qindex.iterrows()
         },
         "stages": stages,
+        "encodes": blocks.encodes,
         "uncovered": {name: tree.count_uncovered(types) for name, tree in asked.items()},
     }
 
@@ -1281,20 +1329,22 @@ class BatchSource:
         augment: Callable | None = None,
         device: torch.device | str = "cpu",  # where batches are wanted
         qindex: bool = False,  # also give the qindex of each block (int64), for models that take it
+        conditions: bool = False,  # in its place give all conditions, `told` (int64 [B,5])
         resident: bool = True,  # keep all samples on the device; False: send them batch by batch
     ):
         samples = blocks.samples if isinstance(blocks, BlockSet) else blocks
         labels = blocks.types if labels is None and isinstance(blocks, BlockSet) else labels
         labels = None if labels is None else torch.as_tensor(labels)
         _require_batches(samples, labels, batch_size, sampler, shuffle)
-        if qindex and not isinstance(blocks, BlockSet):
-            raise ValueError("qindex is known only for a BlockSet.")
+        if (qindex or conditions) and not isinstance(blocks, BlockSet):
+            raise ValueError("qindex and conditions are known only for a BlockSet.")
         self.device = torch.device(device)
         home = self.device if resident else torch.device("cpu")
         # int16: the same bytes, with kernels on every device
         self.samples = _signed(samples).to(home)
         self.labels = labels.to(home, torch.int64)
-        self.qindex = blocks.qindex.to(home) if qindex else None
+        told = blocks.told if conditions else blocks.qindex if qindex else None
+        self.qindex = None if told is None else told.to(home)
         self.batch_size, self.sampler, self.shuffle = batch_size, sampler, shuffle
         self.seed, self.augment = seed, augment
         self.blocks = blocks if isinstance(blocks, BlockSet) else None

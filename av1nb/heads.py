@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['HEADS', 'ARCHITECTURES', 'to_probabilities', 'MLPHead', 'fit_temperature', 'Stage1Head', 'FineGrainedHead',
            'LightHead', 'StageModel', 'find_hierarchy', 'is_binary', 'build_model', 'Votes', 'Stack', 'combine_votes',
-           'Ensemble', 'CheckpointError', 'read_checkpoint', 'StateKind', 'identify_state', 'summarise_keys',
-           'require_same_keys', 'stage_state', 'require_split', 'require_size', 'load_weights', 'load_backbone',
-           'checkpoint_prefix', 'model_from_checkpoint', 'type_log_probabilities', 'JointHead', 'JointModel']
+           'Ensemble', 'told_conditions', 'CheckpointError', 'read_checkpoint', 'StateKind', 'identify_state',
+           'summarise_keys', 'require_same_keys', 'stage_state', 'require_split', 'require_size', 'load_weights',
+           'load_backbone', 'checkpoint_prefix', 'model_from_checkpoint', 'type_log_probabilities', 'JointHead',
+           'JointModel']
 
 # %% ../nbs/13_heads.ipynb #0c18923b
 import re
@@ -233,6 +234,12 @@ class LightHead(nn.Module):
         logits = self.fc(features)
         return logits[:, 0] if logits.shape[1] == 1 else logits
 
+# %% ../nbs/13_heads.ipynb #c0d171f4
+def _rare_parts(backbone):
+    "What only some backbones have, in plain values: files of the others do not mention it."
+    adapter, told = adapter_of(backbone), backbone.uses_conditions
+    return ({"adapter": adapter} if adapter else {}) | ({"conditions": True} if told else {})
+
 # %% ../nbs/13_heads.ipynb #ddf56bcd
 class StageModel(nn.Module):
     "Backbone and head of one stage."
@@ -264,7 +271,7 @@ class StageModel(nn.Module):
     def features(
         self,
         x: torch.Tensor,  # float [B,1,H,W] in [0,1]
-        qindex: torch.Tensor | None = None,  # [B], 0–255, for a model built with qindex=True
+        qindex: torch.Tensor | None = None,  # [B] or [B,5], as the backbone takes it
     ) -> torch.Tensor:
         "Features [B,F] of the backbone."
         return self.backbone(x, qindex)
@@ -272,7 +279,7 @@ class StageModel(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # float [B,1,H,W] in [0,1]
-        qindex: torch.Tensor | None = None,  # [B], 0–255, for a model built with qindex=True
+        qindex: torch.Tensor | None = None,  # [B] or [B,5], as the backbone takes it
     ) -> torch.Tensor:  # uncalibrated logits, [B] for a binary stage, else [B,C]
         return self.head(self.features(x, qindex))
 
@@ -286,7 +293,7 @@ class StageModel(nn.Module):
     def probabilities(
         self,
         x: torch.Tensor,  # float [B,1,H,W] in [0,1]
-        qindex: torch.Tensor | None = None,  # [B], 0–255, for a model built with qindex=True
+        qindex: torch.Tensor | None = None,  # [B] or [B,5], as the backbone takes it
     ) -> torch.Tensor:
         "Calibrated class probabilities [B,C], two columns for a binary stage."
         return to_probabilities(self.calibrated(self(x, qindex)))
@@ -302,7 +309,7 @@ class StageModel(nn.Module):
             qindex=self.uses_qindex,
             centre=self.backbone.centres,
             normalisation="uint16/1023",
-            **({"adapter": adapter_of(self.backbone)} if adapter_of(self.backbone) else {}),
+            **_rare_parts(self.backbone),
         )
 
 # %% ../nbs/13_heads.ipynb #08d32433
@@ -350,6 +357,8 @@ def build_model(
     projection: int = 128,  # fine-grained head: length of the embedding
     scale: float = 16.0,  # fine-grained head: scale of the cosines at the start
     adapter: str | None = None,  # a kind of `backbones.ADAPTERS`; None: none
+    # whether the backbone is modulated by all conditions of the encode (`encoding.Conditions`)
+    conditions: bool = False,
 ) -> StageModel:
     """The model of one stage.
 
@@ -373,9 +382,9 @@ def build_model(
     if head == "auto":
         head = "light" if architecture == "v5" else "fine_grained" if stage == "AB" else "mlp"
     backbone = (
-        ResNet18Blocks(pretrained, qindex, centre, adapter)
+        ResNet18Blocks(pretrained, qindex, centre, adapter, conditions)
         if architecture == "v6"
-        else LightBackbone(qindex, centre, adapter)
+        else LightBackbone(qindex, centre, adapter, conditions)
     )
     features, outputs = backbone.feature_dim, 1 if binary else len(names)
     if dropout is None:
@@ -503,12 +512,9 @@ class Ensemble(nn.Module):
     ):
         super().__init__()
         models = list(models)
-        kinds = {(m.hierarchy, m.stage, tuple(m.class_names), m.uses_qindex) for m in models}
+        kinds = {(_kind_of(model), *model.class_names) for model in models}
         if len(models) < 2 or len(kinds) > 1:
-            found = ", ".join(
-                f"{m.hierarchy}/{m.stage}" + (" with qindex" if m.uses_qindex else "")
-                for m in models
-            )
+            found = ", ".join(map(_kind_of, models))
             raise ValueError(
                 "an ensemble needs two or more models of one stage and the same inputs, but got:"
                 f" {found or 'none'}"
@@ -540,7 +546,7 @@ class Ensemble(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # float [B,1,H,W] in [0,1]
-        qindex: torch.Tensor | None = None,  # [B], 0–255, for models built with qindex=True
+        qindex: torch.Tensor | None = None,  # [B] or [B,5], as the backbone takes it
     ) -> Votes:
         "What the members decide together."
         said = torch.stack([model.probabilities(x, qindex) for model in self.models])
@@ -549,10 +555,25 @@ class Ensemble(nn.Module):
     def probabilities(
         self,
         x: torch.Tensor,  # float [B,1,H,W] in [0,1]
-        qindex: torch.Tensor | None = None,  # [B], 0–255, for models built with qindex=True
+        qindex: torch.Tensor | None = None,  # [B] or [B,5], as the backbone takes it
     ) -> torch.Tensor:
         "(Weighted) mean of the members' probabilities [B,C]."
         return self(x, qindex).probabilities
+
+# %% ../nbs/13_heads.ipynb #c0d171f5
+def told_conditions(
+    model: StageModel | Ensemble,  # of one stage
+) -> bool:
+    "Whether a model is told all conditions of the encode (`encoding.Conditions`)."
+    member = model.models[0] if isinstance(model, Ensemble) else model
+    return member.backbone.uses_conditions
+
+
+def _kind_of(model):
+    "Stage of a `StageModel`, and what it is told, in words."
+    told = " with qindex" if model.uses_qindex else ""
+    told = " with conditions" if told_conditions(model) else told
+    return f"{model.hierarchy}/{model.stage}{told}"
 
 # %% ../nbs/13_heads.ipynb #06776aba
 class CheckpointError(RuntimeError):
@@ -653,6 +674,7 @@ class StateKind(NamedTuple):
     projection: int | None  # length of the embedding of a fine-grained head
     joint: tuple  # names of the heads in a v5 file of all stages, else empty
     adapter: str | None = None  # kind of the adapters in a v6 backbone, or None
+    conditions: bool = False  # whether all conditions of the encode modulate the backbone
 
     def __str__(self):
         backbone = {
@@ -716,6 +738,7 @@ def identify_state(
         projection,
         joint,
         _adapter_of(state),
+        "backbone.condition.0.weight" in state,
     )
 
 
@@ -969,6 +992,7 @@ def model_from_checkpoint(
         qindex=kind.qindex,
         centre=kind.centre,
         adapter=kind.adapter,
+        conditions=kind.conditions,
         **options,
     )
     return model.eval(), load_weights(model, path, split_hash)

@@ -1114,6 +1114,7 @@ def _as_block_set(parts, split, settings):
         ],
         split=split,
         note="drawn from whole frames; the presets differ between recordings",
+        conditions=[frame.conditions.numbers[1:] for frame, *_ in parts],
         **settings,
     )
 

@@ -7,15 +7,15 @@ __all__ = ['FALL_BACK', 'TRAINING_NOTEBOOKS', 'OBJECTIVES', 'RIGHT', 'UNCOVERED'
            'origin_columns', 'Predictions', 'class_counts', 'fallback_counts', 'fallback_sentence', 'trained_by',
            'find_checkpoints', 'majority_answer', 'require_models', 'has_threshold', 'require_thresholds',
            'require_samples', 'require_qindex', 'member_probabilities', 'StageModels', 'load_stages', 'read_stack',
-           'Pipeline', 'type_probabilities', 'load_pipeline', 'predict_nodes', 'predict_frames', 'threshold_grid',
-           'cumulative_confusions', 'require_same_split', 'ThresholdSearch', 'search_thresholds', 'lost_at',
-           'attribute_errors', 'report', 'summary', 'headline', 'coverage_table']
+           'Pipeline', 'type_probabilities', 'load_pipeline', 'told_of_frame', 'predict_nodes', 'predict_frames',
+           'threshold_grid', 'cumulative_confusions', 'require_same_split', 'ThresholdSearch', 'search_thresholds',
+           'lost_at', 'attribute_errors', 'report', 'summary', 'headline', 'coverage_table']
 
 # %% ../nbs/17_pipeline.ipynb #76499580
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from .augment import tta
 from .blocks import extract_blocks
 from .datasets import BlockSet, to_float
+from .encoding import Conditions
 from av1nb.heads import (
     CheckpointError,
     Ensemble,
@@ -384,7 +385,7 @@ def require_samples(
 def require_qindex(
     models: Mapping[str, StageModel | Ensemble],  # of the stages that are asked
     count: int,  # of blocks
-    qindex: torch.Tensor | None,  # of every block, where known
+    qindex: torch.Tensor | None,  # of every block, or all its conditions, where known
 ) -> None:
     "Raise ValueError if a model needs the qindex of every block and has not got it."
     needing = [stage for stage, model in models.items() if model.uses_qindex]
@@ -400,7 +401,8 @@ def member_probabilities(
     model: StageModel | Ensemble,  # of one stage
     hierarchy: Hierarchy,  # it belongs to
     samples: torch.Tensor,  # uint16 [N,1,H,W]
-    qindex: torch.Tensor | None = None,  # of every block [N], for a model that needs it
+    # of every block [N], or all its conditions [N,5], for a model that needs it
+    qindex: torch.Tensor | None = None,
     symmetries: Iterable[str] | None = None,  # to average over; None: the blocks as they are
     bf16: bool = False,  # compute in bfloat16
     device: torch.device | str = "cpu",  # where the model is
@@ -466,13 +468,14 @@ class StageModels:
         size: int = 16,  # side of the blocks that they answer for, in pixels
         margin: int = 0,  # pixels of context on each side that they see beside a block
         files: Iterable = (),  # where the models come from
+        conditions: Conditions = Conditions(0),  # of frames that follow, see `told_of_frame`
     ):
         "Raises ValueError for a missing, superfluous or unfitting model or threshold."
         self.hierarchy = hierarchy = find_hierarchy(hierarchy, size)
         self.thresholds, self.symmetries = dict(thresholds or {}), symmetries
         self.split_hash, self.files = split_hash, [str(path) for path in files]
         self.size, self.margin, self.side = size, margin, size + 2 * margin
-        self.device, self.bf16 = _device(device, bf16), bf16
+        self.device, self.bf16, self.conditions = _device(device, bf16), bf16, conditions
         require_models(hierarchy, models)
         require_thresholds(hierarchy, models, self.thresholds)
         absent = [stage for stage in hierarchy.stage_names if stage not in models]
@@ -489,7 +492,7 @@ class StageModels:
         self,
         stage: str,  # name of a stage
         samples: torch.Tensor,  # uint16 [N,1,H,W]
-        qindex: torch.Tensor | None = None,  # of every block [N], 0–255, for models that need it
+        qindex: torch.Tensor | None = None,  # [N] or [N,5], as `Pipeline.predict` takes it
         batch_size: int = 512,  # blocks at a time
     ) -> StageOutput:
         "What one stage says. Raises ValueError for blocks that do not fit and a missing qindex."
@@ -506,7 +509,7 @@ class StageModels:
     def stage_outputs(
         self,
         samples: torch.Tensor,  # uint16 [N,1,H,W]
-        qindex: torch.Tensor | None = None,  # of every block [N], 0–255, for models that need it
+        qindex: torch.Tensor | None = None,  # [N] or [N,5], as `Pipeline.predict` takes it
         batch_size: int = 512,  # blocks at a time
     ) -> dict[str, StageOutput]:
         "*Every* stage on *every* block, without routing: for threshold searches and oracles."
@@ -658,7 +661,8 @@ class Pipeline(StageModels):
     def predict(
         self,
         samples: torch.Tensor,  # uint16 [N,1,H,W], as a `BlockSet` holds them
-        # of every block, int [N]; for models that were built with qindex=True
+        # of every block, int [N], or all its conditions [N,5], as `BlockSet.told` has them; for
+        # models that were built with qindex=True or conditions=True
         qindex: torch.Tensor | None = None,
         batch_size: int = 512,  # blocks at a time; lower it when memory runs out
         # also keep what every stage says of every block, as `report` needs it; slower
@@ -741,6 +745,16 @@ def load_pipeline(
         thresholds=settings["thresholds"],
     )
 
+# %% ../nbs/17_pipeline.ipynb #c0d171f8
+def told_of_frame(
+    pipeline: Pipeline,  # that is asked
+    qindex: torch.Tensor,  # of blocks of one frame, int [N], 0–255
+    luma: np.ndarray,  # uint16 [H, W], the frame
+) -> torch.Tensor:  # int64 [N,5], `numbers` of `encoding.Conditions`
+    "What there is to tell of the blocks of a frame that is encoded under `pipeline.conditions`."
+    rest = torch.tensor(replace(pipeline.conditions, lines=min(luma.shape)).numbers[1:])
+    return torch.cat([qindex[:, None], rest.expand(len(qindex), -1)], 1)
+
 
 def predict_nodes(
     pipeline: Pipeline,  # that is asked
@@ -750,8 +764,8 @@ def predict_nodes(
     "What a cascade says of the nodes of one frame, each at its own qindex."
     rows, cols = (nodes[name].to_numpy() for name in ("row", "col"))
     blocks = extract_blocks(luma, rows, cols, pipeline.size, pipeline.margin)
-    qindex = torch.tensor(nodes["qindex"].to_numpy(np.int64))
-    return pipeline.predict(torch.from_numpy(blocks[:, None]), qindex=qindex, unrouted=True)
+    told = told_of_frame(pipeline, torch.tensor(nodes["qindex"].to_numpy(np.int64)), luma)
+    return pipeline.predict(torch.from_numpy(blocks[:, None]), qindex=told, unrouted=True)
 
 
 def predict_frames(
@@ -773,7 +787,9 @@ def predict_frames(
         starts = (np.arange(0, side - size + 1, size) for side in (height, width))
         rows, cols = (grid.ravel() for grid in np.meshgrid(*starts, indexing="ij"))
         blocks = torch.from_numpy(extract_blocks(frame, rows, cols, size, pipeline.margin)[:, None])
-        told = None if qindex is None else torch.full((len(blocks),), qindex)
+        told = None
+        if qindex is not None:
+            told = told_of_frame(pipeline, torch.full((len(blocks),), qindex), frame)
         table = pipeline.predict(blocks, qindex=told).table()
         table.insert(0, "frame", number)
         table.insert(1, "row", rows)
@@ -883,7 +899,7 @@ def search_thresholds(
             f"a threshold belongs to a two-class stage with one model, but {stage!r} of hierarchy"
             f" {hierarchy.name!r} is none"
         )
-    outputs = outputs or pipeline.stage_outputs(block_set.samples, block_set.qindex, batch_size)
+    outputs = outputs or pipeline.stage_outputs(block_set.samples, block_set.told, batch_size)
     scores = np.asarray(outputs[stage].probabilities[:, 1], np.float64)
     grid = threshold_grid(scores, thresholds)
     true = block_set.types.cpu().numpy()

@@ -46,6 +46,7 @@ from av1nb.heads import (
     load_backbone,
     model_from_checkpoint,
     read_checkpoint,
+    told_conditions,
 )
 
 # %% ../nbs/26_recipes.ipynb #1ee8f396
@@ -148,6 +149,8 @@ class PlainRecipe:
     centre: bool = False  # whether the mean of each block is subtracted first
     # which validation score chooses the best epoch: macro_f1, auc, accuracy, …
     monitor: str = "macro_f1"
+    # whether all conditions of the encode modulate the backbone: preset, mode, superblock, class
+    conditions: bool = False
 
 # %% ../nbs/26_recipes.ipynb #2a3af0da
 @dataclass(frozen=True)
@@ -673,6 +676,7 @@ def starting_network(
         recipe.qindex,
         recipe.centre,
         adapter=recipe.adapter,
+        conditions=recipe.conditions,
     )
     if start:
         if not Path(start).is_file():
@@ -686,7 +690,7 @@ def starting_network(
 
 def _validation_batches(model, blocks, labels, recipe, settings):
     "Batches as large as the device evaluates at once."
-    shown = to_float(blocks.samples[:2]), *([blocks.qindex[:2]] if recipe.qindex else [])
+    shown = to_float(blocks.samples[:2]), *([blocks.told[:2]] if model.uses_qindex else [])
     many = evaluation_batch(model, shown, settings["device"], max(recipe.batch_size, 512))
     return Batches(blocks, labels, many, **settings)
 
@@ -711,7 +715,7 @@ def training_batches(
     labels: torch.Tensor,  # their classes, int64 [N]
     hierarchy: Hierarchy,  # the hierarchy of the stage
     stage: str,  # one of its stages
-    recipe: Recipe,  # balancing, augmentation, batch size, qindex
+    recipe: Recipe,  # balancing, augmentation, batch size, what is told
     seed: int = 42,  # of order and augmentation
     device: str = "auto",  # "auto", "cpu" or "cuda"
     taught: torch.Tensor | None = None,  # a teacher's probabilities, float [N, C]
@@ -733,6 +737,7 @@ def training_batches(
         augment=(augmentation or make_augmentation)(recipe, hierarchy, stage),
         device=pick_device(device),
         qindex=recipe.qindex,
+        conditions=recipe.conditions,
     )
     if taught is None:
         return Batches(blocks, labels, **settings)
@@ -801,7 +806,7 @@ def beside(
     """The objective of a training step: pull, strays, second task and teacher as the recipe has
     them. Raises `ValueError` where they need blocks or a network that are not there.
     """
-    stage, told = model.stage, dict(device=pick_device(device), qindex=recipe.qindex)
+    stage, told = model.stage, dict(qindex=recipe.qindex, conditions=recipe.conditions)
     if needs_other_stages(recipe) and sets is None:
         raise ValueError(f"the recipe of stage {stage} looks at other blocks: pass sets=")
     if recipe.strays:
@@ -811,12 +816,13 @@ def beside(
         )
         others = group.select(labels != own), labels[labels != own]
         size = max(2, recipe.batch_size // 4)
-        batches = Batches(*others, size, shuffle=True, seed=seed, **told)
+        settings = dict(shuffle=True, seed=seed, device=pick_device(device))
+        batches = Batches(*others, size, **settings, **told)
         objective = Strays(objective, batches, recipe.strays)
     if recipe.together or recipe.pull == "elastic":
         before = stage_before(hierarchy, stage, start, device)
         own_recipe = recipe_for(hierarchy, before.stage, batch_size=recipe.batch_size)
-        own_recipe = replace(own_recipe, qindex=recipe.qindex)
+        own_recipe = replace(own_recipe, **told)
         task = stage_subset(sets["train"], hierarchy, before.stage)
         batches = training_batches(*task, hierarchy, before.stage, own_recipe, seed, device)
     if recipe.together:
@@ -868,14 +874,18 @@ def origin_of(
     recipe: Recipe,  # how
     start: str | Path | None = None,  # checkpoint that it starts from
 ) -> dict:  # plain values
-    "What a checkpoint says of where it comes from."
+    "What a checkpoint says of where it comes from; of conditions only where they were told."
+    own = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
+    if not own["conditions"]:
+        del own["conditions"]
     return {
         "split_hash": blocks.split_hash,
         "start": Path(start).name if start else "",
         "start_sha256": sha256_of_file(start) if start else "",
         "size": blocks.size,
         "margin": blocks.margin,
-        "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()},
+        "recipe": own,
+        **({"encodes": blocks.encodes} if recipe.conditions else {}),
     }
 
 # %% ../nbs/26_recipes.ipynb #dcb4d2ea
@@ -921,7 +931,7 @@ def train_stage(
     require_every_class(stage, model.class_names, counts)
     own = (objective or make_objective)(recipe, counts, model, hierarchy)
     own = beside(own, recipe, model, hierarchy, sets, start, seed, device)
-    told = dict(device=pick_device(device), qindex=recipe.qindex)
+    told = dict(qindex=recipe.qindex, conditions=recipe.conditions, device=pick_device(device))
     val = _validation_batches(model, *val, recipe, told)
     prefix = checkpoint_prefix(hierarchy, stage) + (f"_{member}" if member else "")
     provenance = model.identity() | {
@@ -1042,6 +1052,7 @@ def run_over(
         max(2, batch_size),
         device=device,
         qindex=model.uses_qindex,
+        conditions=told_conditions(model),
     )
     answers = [ask(x, *inputs) for x, _, *inputs in batches]
     if isinstance(answers[0], torch.Tensor):
