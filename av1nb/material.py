@@ -358,7 +358,7 @@ LEVELS_OF_QUALITY = (5, 62)  # least and greatest constant quality level that is
 
 # %% ../nbs/22_material.ipynb #62c2d5f7
 _FINE = 20  # greatest quality level of `further_encodes`
-_FURTHER = dict(camera=3, rendered=2, dark=2, empty=2)  # how many of them; others have one
+_FURTHER = dict(camera=4, rendered=2, dark=2, empty=2)  # how many of them; others have one
 
 
 def _encodes_of(presets, levels, rng):
