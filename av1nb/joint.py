@@ -346,7 +346,7 @@ def train_run(
 
 # %% ../nbs/24_joint.ipynb #c0d171c1
 # the recipe of the shipped network: told all conditions, with the level 128
-MATERIAL = dict(epochs=3, conditions=True, level_weights=(1.0,) * 5, power=0.5, detail=0.5)
+MATERIAL = dict(epochs=2, conditions=True, level_weights=(1.0,) * 5, power=0.5, detail=0.5)
 
 
 def train_frames(
