@@ -394,7 +394,7 @@ def further_encodes(
     chosen = rng.choice(len(free), _FURTHER.get(material, 1), replace=False)
     return _encodes_of([free[k] for k in chosen], (LEVELS_OF_QUALITY[0], _FINE), rng)
 
-
+# %% ../nbs/22_material.ipynb #27f3b1f6
 # of each kind of source: material, and how many frames of it a source gives on average
 _SHARES = {
     "photograph": dict(native=2.0, reduced=0.9, noisy=0.7, recoded=1.6, dark=0.6, empty=0.25),
@@ -798,7 +798,7 @@ def _begun(plan, out):
     with np.load(path.with_suffix(".npz")) as arrays:
         return dict(arrays), there
 
-
+# %% ../nbs/22_material.ipynb #5a7779ca
 def _build_frame(plan, folder, out):
     "Make one frame and its trees, or those trees that it lacks, and write both."
     arrays, encodes = _begun(plan, out)

@@ -399,7 +399,7 @@ def easy_below(
     "`EASY` in the time of a preset, as the calibration found it."
     return float(facts.get("easy", {}).get(str(cpu_used), EASY))
 
-
+# %% ../nbs/31_tradeoff.ipynb #ae6b350e
 def promised_masks(
     model: DecisionModel,  # of the preset
     promise: Promise,  # of the same preset and model
