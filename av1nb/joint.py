@@ -979,7 +979,7 @@ def node_answers(
 ) -> tuple:  # decided types int64 [N], probabilities [N, 10]
     "What a network says of given nodes, each at its own qindex."
     if isinstance(predictor, Pipeline):
-        found = predict_nodes(predictor, luma, nodes)
+        found = predict_nodes(predictor, luma, nodes, told)
         return found.types, type_probabilities(found.unrouted, predictor.hierarchy)
     probabilities = np.empty((len(nodes), 10), np.float32)
     sizes, rows, cols = (nodes[name].to_numpy() for name in ("size", "row", "col"))

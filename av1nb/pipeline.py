@@ -750,9 +750,10 @@ def told_of_frame(
     pipeline: Pipeline,  # that is asked
     qindex: torch.Tensor,  # of blocks of one frame, int [N], 0–255
     luma: np.ndarray,  # uint16 [H, W], the frame
+    told: Conditions | None = None,  # how it is encoded; None: as `pipeline.conditions` says
 ) -> torch.Tensor:  # int64 [N,5], `numbers` of `encoding.Conditions`
-    "What there is to tell of the blocks of a frame that is encoded under `pipeline.conditions`."
-    rest = torch.tensor(replace(pipeline.conditions, lines=min(luma.shape)).numbers[1:])
+    "What there is to tell of the blocks of a frame."
+    rest = torch.tensor(replace(told or pipeline.conditions, lines=min(luma.shape)).numbers[1:])
     return torch.cat([qindex[:, None], rest.expand(len(qindex), -1)], 1)
 
 
@@ -760,11 +761,13 @@ def predict_nodes(
     pipeline: Pipeline,  # that is asked
     luma: np.ndarray,  # uint16 [H, W], 10-bit
     nodes: pd.DataFrame,  # node table (pixels) of nodes of the cascade's size inside the frame
+    told: Conditions | None = None,  # how the frame is encoded, beside the qindex of each node
 ) -> Predictions:  # in the order of the nodes, with what every stage says of each
     "What a cascade says of the nodes of one frame, each at its own qindex."
     rows, cols = (nodes[name].to_numpy() for name in ("row", "col"))
     blocks = extract_blocks(luma, rows, cols, pipeline.size, pipeline.margin)
-    told = told_of_frame(pipeline, torch.tensor(nodes["qindex"].to_numpy(np.int64)), luma)
+    qindex = torch.tensor(nodes["qindex"].to_numpy(np.int64))
+    told = told_of_frame(pipeline, qindex, luma, told)
     return pipeline.predict(torch.from_numpy(blocks[:, None]), qindex=told, unrouted=True)
 
 

@@ -101,7 +101,8 @@ def frame_answers(
     sizes, rows, cols = (nodes[name].to_numpy() for name in ("size", "row", "col"))
     if isinstance(predictor, Pipeline):
         if (here := sizes == predictor.size).any():
-            p[here] = node_answers(predictor, frame.luma, nodes[here])[1]
+            own = node_answers(predictor, frame.luma, nodes[here], frame.conditions)
+            p[here] = own[1]
         return p
     seen = [frame.chroma] if getattr(predictor, "chroma", False) else []
     # with delta-q a frame has many quantisers, and one set of maps for each
