@@ -414,7 +414,7 @@ def page_of_text(width=160, height=96):
 
 def test_drawings_are_coded_without_masks_and_that_is_said(tmp_path):
     from av1nb.pictures import write_y4m
-    from av1nb.steering import load_encoder
+    from av1nb.steering import load_encoder, shipped_policies
 
     try:
         load_encoder()
@@ -425,7 +425,7 @@ def test_drawings_are_coded_without_masks_and_that_is_said(tmp_path):
     page_of_text().save(folder / "page.png")
     Image.fromarray(textured(160, 96)).save(folder / "photo.png")
     Image.new("RGB", (160, 96), (9, 9, 200)).save(folder / "plain.png")
-    common = ("--speed", 4)
+    common = ("--speed", 4, "--policies", shipped_policies())
     page, photo, plain = av1nb("encode", folder, "--out", out, *common).stdout.splitlines()[1:4]
     assert "stock, without masks: drawings or text" in page
     assert "stock, without masks: 100% of its blocks are empty" in plain

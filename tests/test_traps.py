@@ -1291,6 +1291,7 @@ SEEN_ELSEWHERE = {"architecture", "members", "patience", "monitor"} | {
     "strays",
     "taught",
     "taught_temperature",
+    "conditions",  # by test_conditions.py, whose blocks have them
 }
 BASE = {
     "architecture": "v5",
