@@ -471,15 +471,11 @@ def _evaluate_stream(stream, predictor, network, shown, told, out):
 
 def _evaluate_folder(folder, loaded, told, sources, out):
     "Compare networks (predictor, name) with the streams of a folder, group by group."
-    from av1nb import pipeline, whole_frames
-    from av1nb.encoding import Conditions
+    from av1nb import whole_frames
     from av1nb.whole_frames import StreamPlan
 
     plan, networks = StreamPlan(**told), [name for _, name in loaded]
     predictors = [predictor for predictor, _ in loaded]
-    for predictor in predictors:
-        if isinstance(predictor, pipeline.Pipeline):
-            predictor.conditions = Conditions(0, told["mode"], told["cpu_used"])
     said = ["asked: " + "; ".join(networks), plan.said()]
     typer.echo("\n".join(said))
     tallies, broken = whole_frames.tally_folder(folder, predictors, plan, sources, typer.echo)
@@ -831,20 +827,17 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
     started = time.process_time()
     luma = [planes[0] for planes in film.planes]
 
-    @functools.cache
-    def network():
-        return joint.JointPredictor.load(steer[1] or steering.shipped_weights())
-
-    @functools.cache
-    def aside_of(number):
-        return steering.why_aside(luma[number], qindex=qindex)
+    weights = steer[1] or steering.shipped_weights()
+    network = functools.cache(lambda: joint.JointPredictor.load(weights))
+    aside_of = functools.cache(lambda number: steering.why_aside(luma[number], qindex=qindex))
+    first_maps = functools.cache(lambda: network().maps(luma[0], qindex))
 
     def look(rule):
         "What prices do to the first frame."
         if aside_of(0):
             return None
-        maps = network().maps(luma[0], qindex)
-        return None if rule.is_easy(maps, luma[0], qindex) else rule.curve(maps, luma[0], qindex)
+        first = first_maps(), luma[0], qindex
+        return None if rule.is_easy(*first) else rule.curve(*first)
 
     cpu_used, policy, said = _chosen(steer, cpu_used, library, look)
     tags = None if film.cicp == (2, 2, 2) else encoding.ColourTags(*film.cicp)

@@ -784,18 +784,22 @@ def repeats_of(
 _FORMAT = "av1nb material 1"
 
 
-def _begun(plan, out):
-    "Arrays and encodes of a frame that is there but lacks the last encodes of its plan."
+def _stored(plan, out):
+    "What is written down of the frame of a plan; nothing where it is not there."
     path = out / f"{plan.name}.json"
     if not path.is_file() or not path.with_suffix(".npz").is_file():
-        return {}, []
-    stored = read_json(path, MaterialError, "Delete it and build again.")
-    kept, there = stored.get("plan", {}), stored.get("encodes", [])
-    asked = as_json(asdict(plan))
+        return {}
+    return read_json(path, MaterialError, "Delete it and build again.")
+
+
+def _begun(plan, out):
+    "Arrays and encodes of a frame that is there but lacks the last encodes of its plan."
+    path, stored = out / f"{plan.name}.npz", _stored(plan, out)
+    there, asked = stored.get("encodes", []), as_json(asdict(plan))
     first = dict(encodes=asked["encodes"][: len(there)])
-    if kept != asked | first or sha256_of_file(path.with_suffix(".npz")) != stored["sha256"]:
+    if stored.get("plan") != asked | first or sha256_of_file(path) != stored["sha256"]:
         return {}, []
-    with np.load(path.with_suffix(".npz")) as arrays:
+    with np.load(path) as arrays:
         return dict(arrays), there
 
 # %% ../nbs/22_material.ipynb #5a7779ca
@@ -826,11 +830,7 @@ def _build_frame(plan, folder, out):
 
 def _finished(plan, out):
     "Whether the frame of a plan is there, made by the same plan."
-    path = out / f"{plan.name}.json"
-    if not path.is_file() or not path.with_suffix(".npz").is_file():
-        return False
-    stored = read_json(path, MaterialError, "Delete it and build again.")
-    return stored.get("plan") == as_json(asdict(plan))
+    return _stored(plan, out).get("plan") == as_json(asdict(plan))
 
 
 def build_material(
