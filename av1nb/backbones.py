@@ -798,6 +798,11 @@ class ModulatedConv(nn.Module):
         )
 
 # %% ../nbs/12_backbones.ipynb #79a24802
+# of oneDNN as TorchInductor calls it: a convolution that adds its result to a map, in one pass and
+# without another map in memory; None in a PyTorch without oneDNN
+_ADD_CONV = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
+
+
 class FoldedConv(nn.Module):
     "What `ModulatedConv.folded` gives: the condition is in the weights already."
 
@@ -831,6 +836,22 @@ class FoldedConv(nn.Module):
         x = self.conv(x)
         return nn.functional.silu(x, inplace=not x.requires_grad) if self.active else x
 
+    def added_to(
+        self,
+        onto: torch.Tensor,  # float [B,outputs,H/stride,W/stride], is overwritten
+        x: torch.Tensor,  # float [B,inputs,H,W]
+    ) -> torch.Tensor:  # `onto`
+        "Add the convolution of x, without SiLU, to a map; where no gradient is wanted."
+        conv = self.conv
+        seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        alike = conv.weight.dtype == x.dtype == onto.dtype
+        if _ADD_CONV is None or onto.device.type != "cpu" or seen or not alike:
+            return onto.add_(conv(x))
+        geometry = conv.padding, conv.stride, conv.dilation, conv.groups
+        return _ADD_CONV.binary(
+            onto, x, conv.weight, conv.bias, *geometry, "add", 1.0, None, [], None
+        )
+
 # %% ../nbs/12_backbones.ipynb #456af41b
 class ModulatedResidual(nn.Module):
     """Two convolutions and a shortcut (He et al., 2016): 3×3 and 3×3, or depthwise 5×5 and 1×1
@@ -860,10 +881,14 @@ class ModulatedResidual(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,  # float [B,C,H,W]
+        x: torch.Tensor,  # float [B,C,H,W]; overwritten by a folded copy without gradients
         condition: torch.Tensor,  # float [B,D]
     ) -> torch.Tensor:  # of the shape of x
-        branch = self.dropout(self.second(self.first(x, condition), condition))
+        branch = self.first(x, condition)
+        second = self.second
+        if isinstance(second, FoldedConv) and not second.active and not torch.is_grad_enabled():
+            return nn.functional.silu(second.added_to(x, branch), inplace=True)
+        branch = self.dropout(second(branch, condition))
         if torch.is_grad_enabled():
             return nn.functional.silu(x + branch)
         # the same, without two more maps in memory
@@ -953,20 +978,46 @@ class JointLayers(nn.Module):
         return ({128: w32} if self.superblock == 128 else {}) | {64: w32, 32: w32, 16: w16, 8: w8}
 
 # %% ../nbs/12_backbones.ipynb #5d653acf
+def _relief(mean):
+    "What means depart by from those in a window of 9×9 around: [B, 1, rows, columns]."
+    down = nn.functional.avg_pool2d(mean, (9, 1), 1, (4, 0), count_include_pad=False)
+    # columns first, then rows
+    return mean - nn.functional.avg_pool2d(down, (1, 9), 1, (0, 4), count_include_pad=False)
+
+
 def _details(plane, side):
     """How pixels depart from the mean of their cell of side², and the means from those around:
     [B, side² + 1, H/side, W/side].
     """
     cells = nn.functional.pixel_unshuffle(plane, side)
     mean = cells.mean(1, keepdim=True)
-    down = nn.functional.avg_pool2d(mean, (9, 1), 1, (4, 0), count_include_pad=False)
-    # a window of 9×9, columns first, then rows
-    relief = mean - nn.functional.avg_pool2d(down, (1, 9), 1, (0, 4), count_include_pad=False)
-    return torch.cat([cells - mean, relief], 1)
+    return torch.cat([cells - mean, _relief(mean)], 1)
+
+# %% ../nbs/12_backbones.ipynb #9c41d0a3
+_SIXTEENTHS = 16 * 1024  # entry of the table for a pixel that equals the mean of its cell
+
+
+def _departures(frames):
+    """Sixteenths of a level by which samples of 10 bits depart from the mean of their cell of 4×4,
+    int32 [B·H/4·W/4, 17] as entries of a table, the last of which is unset, and those means in
+    [0,1], float32 [B,1,H/4,W/4]. Takes int16 [B,1,H,W].
+    """
+    batch, _, height, width = frames.shape
+    # the four samples of a row of a cell move as one number
+    rows = frames.contiguous().reshape(-1, 4, width).view(torch.int64)
+    cells = rows.transpose(1, 2).contiguous().view(torch.int16).reshape(-1, 16)
+    sums = cells.sum(1, dtype=torch.int16)
+    entries = torch.empty(len(cells), 17, dtype=torch.int32)
+    torch.sub(cells.mul_(16), (sums - _SIXTEENTHS)[:, None], out=entries[:, :16])
+    means = sums.float().div_(16 * 1023)
+    return entries, means.reshape(batch, 1, height // 4, width // 4)
 
 # %% ../nbs/12_backbones.ipynb #a81c0002
 class JointInputs(JointLayers):
     "The joint network up to its first layer: quantiser and pixels as it sees them."
+
+    # of a folded copy: the two gains of a value stand side by side, and there is a table of them
+    folds, table = False, None
 
     def settings(self) -> dict:
         "What this backbone was built with, in plain values."
@@ -977,12 +1028,16 @@ class JointInputs(JointLayers):
 
     def inputs(
         self,
-        x: torch.Tensor,  # float [B,1,H,W] in [0,1], or [B,3,H,W] with chroma doubled
+        # float [B,1,H,W] in [0,1], or [B,3,H,W] with chroma doubled; a folded copy without chroma
+        # takes samples of 10 bits, too, int16 [B,1,H,W] on the CPU
+        x: torch.Tensor,
         scaled: torch.Tensor,  # qindex in [0,1], float [B], of `ConditionLayers.scaled`
     ) -> torch.Tensor:
         """The channels [B,34,H/4,W/4] that the first layer sees: 17 of the luma, each with two
         gains; with chroma 20 more, of 5 for either plane.
         """
+        if not x.is_floating_point():
+            return self._looked_up(x, scaled)
         values = _details(x[:, :1], 4)
         if self.chroma:
             planes = x[:, 1:, ::2, ::2]
@@ -990,16 +1045,37 @@ class JointInputs(JointLayers):
         gains = torch.exp(self.gain[:, :1] + self.gain[:, 1:] * scaled)[:, :, None, None, None]
         # of a folded copy perhaps bfloat16: half as much to put in order
         dtype = self.stem.conv.weight.dtype
-        return torch.cat([soft_log(values * gain).to(dtype) for gain in gains], 1).contiguous(
-            memory_format=torch.channels_last
-        )
+        both = [soft_log(values * gain).to(dtype) for gain in gains]
+        seen = torch.stack(both, 2).flatten(1, 2) if self.folds else torch.cat(both, 1)
+        return seen.contiguous(memory_format=torch.channels_last)
+
+    def _looked_up(self, samples, scaled):
+        "`inputs` of samples of 10 bits, int16 [B,1,H,W], which a folded copy alone is given."
+        dtype = self.stem.conv.weight.dtype
+        gains = torch.exp(self.gain[:, 0] + self.gain[:, 1] * scaled[0]).float()
+        # both gains of a value as one number, which is looked up and moved as a whole
+        packed = torch.int32 if dtype.itemsize == 2 else torch.int64
+
+        def seen(values):
+            return soft_log(values.reshape(-1, 1) * gains).to(dtype).view(packed)
+
+        if self.table is None or self.table.dtype != packed:
+            levels = torch.arange(-_SIXTEENTHS, _SIXTEENTHS) / (16 * 1023)
+            self.table = seen(levels)[:, 0]
+        entries, means = _departures(samples)
+        entries[:, 16] = 0
+        found = self.table.index_select(0, entries.flatten()).reshape(-1, 17)
+        found[:, 16:] = seen(_relief(means))
+        batch, _, rows, cols = means.shape
+        return found.view(dtype).reshape(batch, rows, cols, 34).permute(0, 3, 1, 2)
 
 # %% ../nbs/12_backbones.ipynb #39d1b1a9
-def _require_frames(x, side, chroma=False):
+def _require_frames(x, side, chroma=False, samples=False):
     planes = 3 if chroma else 1
     superblocks = x.ndim == 4 and x.shape[1] == planes
     superblocks = superblocks and not (x.shape[2] % side or x.shape[3] % side)
-    if not superblocks or not x.is_floating_point():
+    numbers = x.is_floating_point() or samples and x.dtype == torch.int16
+    if not superblocks or not numbers:
         raise ValueError(
             f"JointBackbone takes float frames [batch, {planes}, height, width] in whole"
             f" {side}×{side} superblocks, but got {x.dtype} {list(x.shape)}"
@@ -1045,11 +1121,11 @@ class JointBackbone(JointInputs):
     def forward(
         self,
         # float [B,1,H,W] in [0,1], H and W multiples of 64; with chroma [B,3,H,W], Cb and Cr
-        # doubled to the size of the luma
+        # doubled to the size of the luma; of a folded copy also int16 as `inputs` takes it
         x: torch.Tensor,
         qindex: torch.Tensor,  # [B], 0–255, or conditions [B,5]
     ) -> dict[int, torch.Tensor]:
-        _require_frames(x, self.superblock, self.chroma)
+        _require_frames(x, self.superblock, self.chroma, self.folds and not self.chroma)
         if not self.context:
             return _each_superblock(self.maps, x, qindex, self.superblock)
         return self.maps(x, qindex)
@@ -1100,4 +1176,10 @@ class JointBackbone(JointInputs):
             for name, child in list(module.named_children()):
                 if isinstance(child, ModulatedConv):
                     setattr(module, name, child.folded(condition))
+        # both gains of a value side by side
+        weight = twin.stem.conv.weight
+        twin.stem.conv.weight = nn.Parameter(
+            weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
+        )
+        twin.folds = True
         return twin.requires_grad_(False)

@@ -547,9 +547,13 @@ class JointPredictor:
         return qindex.numbers if self.model.backbone.conditions else qindex.qindex
 
     def _pixels(self, luma, chroma):
-        "What the network sees of a frame: float [1,1,H,W], with chroma [1,3,H,W]."
+        """What the network sees of a frame: float [1,1,H,W], with chroma [1,3,H,W]; a folded one
+        on a CPU without chroma int16 [1,1,H,W], the samples.
+        """
         # half the bytes of floats travel
         sent = torch.from_numpy(pad_frame(luma, block=self.levels[0]).view(np.int16))
+        if self.fold and self.device.type == "cpu" and not self.chroma:
+            return sent[None, None]
         x = sent.to(self.device).float().div_(1023)[None, None]
         if not self.chroma:
             return x
