@@ -404,6 +404,24 @@ def _even_places(frames, share, count, generator):
     return recording, row, col
 
 
+def _busy_places(frames, share):
+    "The busiest third of the places of every recording, and how likely each is."
+    block, seen, places, weights = frames.levels[0], {}, [], []
+    for number, r in enumerate(frames.recordings):
+        key = r.luma_start, r.padded_height, r.padded_width
+        if key not in seen:  # encodes of one frame share its pixels
+            rows, cols = r.padded_height, r.padded_width
+            luma = frames.luma[r.luma_start : r.luma_start + rows * cols].cpu().float()
+            detail = luma.reshape(1, rows // 8, 8, cols // 8, 8).var((2, 4), False).sqrt()
+            detail = torch.nn.functional.avg_pool2d(detail, frames.side // 8, block // 8)[0]
+            best = detail.flatten().argsort(descending=True)[: -(-detail.numel() // 3)]
+            seen[key] = best // detail.shape[1] * block, best % detail.shape[1] * block
+        row, col = seen[key]
+        places.append(torch.stack([torch.full_like(row, number), row, col]))
+        weights.append((share[number] / len(row)).expand(len(row)))
+    return torch.cat(places, 1), torch.cat(weights)
+
+
 def _without(cells, batch, crops):
     "A batch in which nothing is known of some cells of some crops."
     x, types, told, *regrets = batch
@@ -430,6 +448,10 @@ class CropBatches:
         power: float = 1.0,  # recordings are drawn in proportion to this power of their superblocks
         # share of the crops that are drawn by their nodes of 16×16, and teach the levels 16 and 8
         detail: float = 0.0,
+        # of an epoch, whole batches; 0: so many that they cover every superblock once
+        crops: int = 0,
+        # True: the others lie in the busiest third of their frame, for comparison
+        busy: bool = False,
     ):
         if batch_size < 1 or batch_size % world:
             raise ValueError(
@@ -440,9 +462,10 @@ class CropBatches:
         self.symmetries, self.rank, self.world = symmetries, rank, world
         self.share = frames.superblocks.double().pow(power)
         self.share /= self.share.sum()
-        self.detail, self.places = detail, None
+        self.detail, self.places, self.crops = detail, None, crops
         if detail:
             self.places, self.nodes = _detailed_places(frames, power)
+        self.busy = _busy_places(frames, self.share) if busy else None
 
     def set_epoch(
         self,
@@ -452,9 +475,8 @@ class CropBatches:
         self.epoch = epoch
 
     def __len__(self):
-        return math.ceil(
-            int(self.frames.superblocks.sum()) / ((self.frames.side // 64) ** 2 * self.batch_size)
-        )
+        covering = int(self.frames.superblocks.sum()) / (self.frames.side // 64) ** 2
+        return math.ceil((self.crops or covering) / self.batch_size)
 
     def draw(
         self,
@@ -465,7 +487,11 @@ class CropBatches:
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0] >> 1))
         n, frames = len(self) * self.batch_size, self.frames
-        recording, row, col = _even_places(frames, self.share, n, generator)
+        if self.busy is None:
+            recording, row, col = _even_places(frames, self.share, n, generator)
+        else:
+            places, likely = self.busy
+            recording, row, col = places[:, torch.multinomial(likely, n, True, generator=generator)]
         symmetry = torch.randint(8 if self.symmetries else 1, (n,), generator=generator)
         # spread evenly over batches and processes
         fine = (torch.arange(n, dtype=torch.float64) * self.detail).remainder(1) + self.detail >= 1

@@ -157,6 +157,8 @@ def train_joint(
     progress: bool = True,  # show a progress bar
     power: float = 1.0,  # of the superblocks of a recording, see `CropBatches`
     detail: float = 0.0,  # share of crops drawn by their nodes of 16×16, see `CropBatches`
+    crops: int = 0,  # of an epoch, see `CropBatches`
+    busy: bool = False,  # True: crops from the busiest parts of frames, for comparison
     # crops of a validation batch; None: on a CPU as many as of a training batch, on a GPU as many
     # as half of the free memory holds
     val_batch_size: int | None = None,
@@ -178,7 +180,17 @@ def train_joint(
     model = JointModel(**settings).to(memory_format=torch.channels_last)
     history = fit(
         model,
-        CropBatches(train, config.batch_size, config.seed, symmetries, *process(), power, detail),
+        CropBatches(
+            train,
+            config.batch_size,
+            config.seed,
+            symmetries,
+            *process(),
+            power,
+            detail,
+            crops,
+            busy,
+        ),
         TileBatches(val, val_batch_size or _evaluated_together(model, val, config)),
         objective or TreeLikelihood([1.0] * len(train.levels)),
         lambda logits, labels: tree_scores(logits, labels, train.side, train.levels),
@@ -191,6 +203,8 @@ def train_joint(
             "symmetries": symmetries,
             "power": power,
             "detail": detail,
+            "crops": crops,
+            "busy": busy,
             "train": repr(train),
             **provenance,
         },
@@ -218,6 +232,8 @@ class JointRecipe:
     power: float = 1.0  # below 1 small frames are seen more often than their share of superblocks
     # share of the crops that are drawn by their nodes of 16×16 and teach only the levels 16 and 8
     detail: float = 0.0
+    crops: int = 0  # of an epoch; 0: so many that they cover every superblock once
+    busy: bool = False  # True: crops from the busiest third of each frame, for comparison
     context: bool = True  # False: every superblock is looked at by itself
     flat: bool = False  # True: one softmax over ten types instead of the hierarchy
     # channels at 1/4, 1/8, 1/16, and at 1/32 and 1/64 of the resolution
@@ -341,6 +357,8 @@ def train_run(
         progress,
         recipe.power,
         recipe.detail,
+        recipe.crops,
+        recipe.busy,
         **_network_settings(recipe),
     )
 
@@ -357,6 +375,8 @@ def train_frames(
     chroma: bool = False,  # True: the network sees the chroma at half resolution, too
     *,
     provenance: Mapping,  # what the checkpoints shall say, at least `split_hash`
+    # None: the likelihood of the coded trees, `TreeLikelihood`; with costs `RegretLikelihood`
+    objective: Callable | None = None,
 ):
     """`(model with its best weights, History)`: train on the training frames, choose the epoch by
     the validation frames.
@@ -385,10 +405,12 @@ def train_frames(
         _config_of(recipe),
         recipe.name,
         recipe.symmetries,
-        TreeLikelihood(weights),
+        objective or TreeLikelihood(weights),
         progress,
         recipe.power,
         recipe.detail,
+        recipe.crops,
+        recipe.busy,
         chroma=chroma,
         **_network_settings(recipe),
     )
@@ -407,12 +429,12 @@ def train_material(
 
     Raises as `load_material` does, and `ValueError` for a field that a recipe does not have.
     """
-    from av1nb.material import load_material, material_table  # which reads pictures of all kinds
+    # which reads pictures of all kinds
+    from av1nb.material import load_material, material_table, split_hash_of
 
     materials = None if materials is None else sorted(materials)
     frames = load_material(folder, ("train", "val"), materials)
     table = material_table(folder)
-    places = sorted(set(zip(table["group"], table["split"])))
     return train_frames(
         frames,
         out_dir,
@@ -420,7 +442,7 @@ def train_material(
         progress,
         chroma,
         provenance=dict(
-            split_hash=sha256(str(places).encode()),
+            split_hash=split_hash_of(folder),
             materials=materials or sorted(table["material"].unique()),
             frames=int(table["name"].nunique()),
         ),

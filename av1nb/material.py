@@ -7,8 +7,8 @@ __all__ = ['MATERIALS', 'FRAME_SIZES', 'PRESETS', 'LEVELS_OF_QUALITY', 'photon_n
            'screen', 'title', 'between_bars', 'faded', 'PictureSource', 'FramePlan', 'split_of', 'draw_encodes',
            'further_encodes', 'plan_frames', 'MaterialError', 'free_sources', 'fetch_source', 'picture_sources',
            'folder_sources', 'make_frame', 'frame_tree', 'repeats_of', 'build_material', 'MaterialFrame',
-           'load_material', 'material_table', 'material_counts', 'type_shares', 'agreement', 'material_card',
-           'recording_of', 'frame_blocks', 'material_blocks', 'materials_of']
+           'load_material', 'split_hash_of', 'material_table', 'material_counts', 'type_shares', 'agreement',
+           'material_card', 'recording_of', 'frame_blocks', 'material_blocks', 'materials_of']
 
 # %% ../nbs/22_material.ipynb #0e0acada
 import io
@@ -870,6 +870,8 @@ class MaterialFrame:
     nodes: dict = field(repr=False)
     # "level" and "preset" → node table of the same frame encoded one step on; of test frames
     repeats: dict = field(repr=False, default_factory=dict)
+    # qindex → (node table, RD costs [nodes, 10]) of a search, see `costs.searched_frames`
+    costs: dict = field(repr=False, default_factory=dict)
     frames: tuple = (0,)  # numbers of the frames in `luma`
 
 
@@ -958,6 +960,14 @@ def load_material(
     return found
 
 # %% ../nbs/22_material.ipynb #90957df8
+def split_hash_of(
+    folder: str | os.PathLike,  # of a set
+) -> str:
+    "Hash of the division of a set into training, validation and test groups."
+    table = material_table(folder)
+    return sha256(str(sorted(set(zip(table["group"], table["split"])))).encode())
+
+
 def material_table(
     folder: str | os.PathLike,  # of a set
 ) -> pd.DataFrame:  # one row an encode
