@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SearchLog', 'log_from_tables', 'regret', 'near_ties', 'read_logs', 'read_costs', 'search_tree', 'searched_frames',
-           'regret_report', 'same_labels', 'log_grids', 'own_seconds', 'SearchedFrame', 'searched_frame', 'replay',
-           'oracle_levels', 'words_of', 'likeliest', 'node_features', 'DecisionExample', 'LevelModel', 'DecisionModel',
-           'fit_decisions', 'save_decisions', 'load_decisions']
+           'regret_report', 'same_labels', 'log_grids', 'own_seconds', 'SearchedFrame', 'searched_frame',
+           'read_searched', 'replay', 'oracle_levels', 'words_of', 'likeliest', 'node_features', 'DecisionExample',
+           'LevelModel', 'DecisionModel', 'fit_decisions', 'replayed_curve', 'save_decisions', 'load_decisions']
 
 # %% ../nbs/28_costs.ipynb #7148e706
 import ast
@@ -428,6 +428,19 @@ def searched_frame(
         float(sum(np.nansum(grid) for grid in own.values())),
     )
 
+
+def read_searched(
+    folder: str | os.PathLike,  # of the searches, one folder a frame
+    name: str,  # of the frame: `NAME/stock_qNNN.npz`, `open_qNNN.npz` and `qNNN.npz`
+) -> dict:  # qindex → SearchedFrame; without those that were not searched three times
+    "What is known of a frame that was searched three times. Raises as `SearchLog.load` does."
+    found = {}
+    for path in sorted(Path(folder).glob(f"{name}/stock_q*.npz")):
+        kinds = (path.name, path.name.replace("stock", "open"), path.name.replace("stock_", ""))
+        logs = [SearchLog.load(path.with_name(kind)) for kind in kinds]
+        found[int(path.stem[-3:])] = searched_frame(*logs)
+    return found
+
 # %% ../nbs/28_costs.ipynb #d0c20006
 def _allowed_in(words, tried, possible):
     "Types that an encoder tries at each node under masks, and which masks only narrow."
@@ -760,6 +773,22 @@ def fit_decisions(
     said = sum(whole.expect(e.probabilities, e.luma, e.qindex)[1] for e in examples)
     scaled = DecisionModel(levels, sum(e.searched.seconds for e in examples) / said)
     return _used_choices(scaled, examples, prices)
+
+# %% ../nbs/28_costs.ipynb #ab280012
+def replayed_curve(
+    model: DecisionModel,  # of a preset
+    example: DecisionExample,  # a frame that this preset searched
+    prices: Sequence[float],  # of the preset's whole time, in shares of the frame's cost
+) -> pd.DataFrame:  # indexed by price: loss and time, over those of the preset's own search
+    "What masks at every price lose and take, as shares of the preset's cost and time."
+    searched, rows = example.searched, {}
+    silent = {size: np.zeros(own.shape[:2], np.uint16) for size, own in searched.costs.items()}
+    lost, taken = replay(searched, silent)
+    levels, _ = model.expect(example.probabilities, example.luma, example.qindex)
+    for price in prices:
+        loss, seconds = replay(searched, words_of(levels, decide(levels, price)))
+        rows[price] = dict(loss=(1 + loss) / (1 + lost) - 1, time=seconds / taken)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("price")
 
 # %% ../nbs/28_costs.ipynb #d0c3000f
 _DECISIONS = "av1nb decisions 1"

@@ -185,6 +185,13 @@ _NETWORKS = (
         writes=("out", "work"),
         shown="runs/joint",
     ),
+    StageNotebook(
+        "015_ablation",
+        "what each decision behind the shipped network gave",
+        ("reports/ablation.json",),
+        reads=(("folder", "build_material"), ("searches", "build_searches")),
+        shown="runs/joint",
+    ),
 )
 
 # %% ../nbs/30_runs.ipynb #a81c0005
@@ -212,6 +219,13 @@ NOTEBOOKS = (
     StageNotebook(
         "build_joint",
         "the weights that ship, and their card",
+        reads=(("folder", "build_material"),),
+        writes=("out",),
+        shown="runs/joint",
+    ),
+    StageNotebook(
+        "build_searches",
+        "what every partition type costs, on whole frames",
         reads=(("folder", "build_material"),),
         writes=("out",),
         shown="runs/joint",

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIZE_NAMES', 'QINDEX_BANDS', 'GROUPS', 'REPEATS', 'LEAST_ROOM', 'LEAST_NODES', 'STREAM_SUFFIXES', 'WholeFrame',
            'material_frames', 'frame_answers', 'Tallies', 'tally_frames', 'measures', 'group_rows', 'full_report',
-           'shown_table', 'whole_text', 'save_report', 'find_streams', 'source_in', 'StreamPlan', 'pictures_said',
-           'stream_frames', 'tally_folder']
+           'paired_rows', 'shown_table', 'whole_text', 'save_report', 'find_streams', 'source_in', 'StreamPlan',
+           'pictures_said', 'stream_frames', 'tally_folder']
 
 # %% ../nbs/25_whole_frames.ipynb #8c05fc02
 import math
@@ -428,6 +428,48 @@ def full_report(
     return table[[*keys, "size", *(c for c in table if c not in {*keys, "size"})]].reset_index(
         drop=True
     )
+
+# %% ../nbs/25_whole_frames.ipynb #ab250002
+_COMPARED = ("accuracy", "nll", "share")
+
+
+def paired_rows(
+    one: Tallies,  # of the frames, several seeds
+    other: Tallies,  # of the same frames, the same seeds of another network
+    by: Sequence[str] = (),  # columns of the facts that make a group
+    draws: int = 1000,  # resampled sets of sequences
+    seed: int = 42,  # of the draws
+) -> list[dict]:  # a row a group and level, largest nodes first
+    """How far `one` lies above `other`: mean over seeds, 95 % interval over sequences (`…_low`,
+    `…_high`), and the least and the greatest of the seeds (`…_least`, `…_most`).
+
+    Raises `ValueError` for tallies of other frames, or of another number of networks.
+    """
+    if not one.facts.equals(other.facts) or len(one.counts) != len(other.counts):
+        raise ValueError("two networks are compared on the same frames, with as many seeds each.")
+    facts, rows = one.facts.assign(level=-one.facts["size"]), []
+    both = np.stack([one.counts, other.counts])  # [2, networks, rows, sums]
+    for key, where in facts.groupby([*by, "level"], sort=True).indices.items():
+        key = key if isinstance(key, tuple) else (key,)
+        counts, own = np.moveaxis(both[:, :, where], 2, 0), facts.iloc[where]
+        codes, sequences = pd.factorize(own["sequence"])
+        by_sequence = np.zeros((len(sequences), *counts.shape[1:]))
+        np.add.at(by_sequence, codes, counts)
+        n = len(sequences)
+        times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+        total = measures(by_sequence.sum(0))
+        drawn = measures(np.tensordot(times, by_sequence, 1))
+        row = dict(zip(by, key)) | {"size": -key[-1], "sequences": n, "nodes": total["nodes"][0, 0]}
+        for name in _COMPARED:
+            each, spread = (
+                values[..., 0, :] - values[..., 1, :] for values in (total[name], drawn[name])
+            )
+            spread = spread.mean(-1)[np.isfinite(spread).all(-1)]
+            ends = np.quantile(spread, (0.025, 0.975)) if n > 1 and len(spread) else [math.nan] * 2
+            row |= {name: each.mean(), f"{name}_low": ends[0], f"{name}_high": ends[1]}
+            row |= {f"{name}_least": each.min(), f"{name}_most": each.max()}
+        rows.append(row)
+    return rows
 
 # %% ../nbs/25_whole_frames.ipynb #b9c5f7db
 def _number(value, digits=3):
