@@ -6,13 +6,14 @@
 __all__ = ['SearchLog', 'log_from_tables', 'regret', 'near_ties', 'read_logs', 'read_costs', 'search_tree', 'searched_frames',
            'regret_report', 'same_labels', 'log_grids', 'own_seconds', 'SearchedFrame', 'searched_frame',
            'read_searched', 'replay', 'oracle_levels', 'words_of', 'likeliest', 'node_features', 'DecisionExample',
-           'LevelModel', 'DecisionModel', 'fit_decisions', 'replayed_curve', 'save_decisions', 'load_decisions']
+           'LevelModel', 'DecisionModel', 'fit_decisions', 'replayed_curve', 'lost_at', 'decision_examples',
+           'save_decisions', 'load_decisions']
 
 # %% ../nbs/28_costs.ipynb #7148e706
 import ast
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -789,6 +790,28 @@ def replayed_curve(
         loss, seconds = replay(searched, words_of(levels, decide(levels, price)))
         rows[price] = dict(loss=(1 + loss) / (1 + lost) - 1, time=seconds / taken)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("price")
+
+
+def lost_at(
+    curve: pd.DataFrame,  # of `replayed_curve`
+    times: Sequence[float],  # shares of the preset's time
+) -> np.ndarray:  # float64 [times]; NaN outside the curve
+    "Loss in percent at equal times, between prices."
+    own = curve.sort_values("time")
+    return np.interp(times, own["time"], 100 * own["loss"], left=np.nan, right=np.nan)
+
+
+def decision_examples(
+    predictor: object,  # with maps(luma, qindex), such as `joint.JointPredictor`
+    frames: Iterable,  # of `material.MaterialFrame`
+    folder: str | os.PathLike,  # of their searches, see `read_searched`
+) -> Iterator[tuple]:  # frame and `DecisionExample`, one for each quantiser
+    "What a network says of the frames that were searched three times."
+    for frame in {frame.frame_name: frame for frame in frames}.values():
+        for qindex, searched in read_searched(folder, frame.frame_name).items():
+            maps = predictor.maps(frame.luma[0], qindex)
+            maps = {size: maps[size] for size in LEVELS}
+            yield frame, DecisionExample(searched, maps, frame.luma[0], qindex)
 
 # %% ../nbs/28_costs.ipynb #d0c3000f
 _DECISIONS = "av1nb decisions 1"

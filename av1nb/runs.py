@@ -231,6 +231,13 @@ NOTEBOOKS = (
         shown="runs/joint",
     ),
     StageNotebook(
+        "build_steering",
+        "the light network that drives the encoder",
+        reads=(("folder", "build_material"), ("searches", "build_searches")),
+        writes=("out",),
+        shown="runs/joint",
+    ),
+    StageNotebook(
         "build_costs",
         "what every partition type costs, for training pictures",
         reads=(("corpus", "build_corpus"), ("photographs", "build_corpus")),
