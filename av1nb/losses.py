@@ -7,7 +7,8 @@ __all__ = ['check_labels', 'Loss', 'inverse_frequency_weights', 'effective_numbe
            'CrossEntropy', 'BinaryFocal', 'MultiClassFocal', 'ClassBalancedFocal', 'PositiveWeightFocal', 'Poly1Focal',
            'AsymmetricLoss', 'check_criterion', 'rank_descending', 'Mining', 'HardNegativeMining', 'HardExampleMining',
            'mixed_loss', 'CenterLoss', 'Objective', 'PullToStart', 'fisher_diagonal', 'Beside', 'Pulled', 'Strays',
-           'Taught', 'project_conflicts', 'TwoTasks', 'mean_where', 'TreeLikelihood', 'RegretLikelihood']
+           'Taught', 'project_conflicts', 'TwoTasks', 'mean_where', 'TreeLikelihood', 'DistilledLikelihood',
+           'RegretLikelihood']
 
 # %% ../nbs/14_losses.ipynb #93f5e036
 from collections.abc import Callable, Iterable, Sequence
@@ -1068,6 +1069,50 @@ class TreeLikelihood(nn.Module):
                 each = (1 - self.smoothing) * each - self.smoothing * spread
             total = total + self.weights[size] * mean_where(each, labels >= 0)
         return total
+
+# %% ../nbs/14_losses.ipynb #ab140002
+class DistilledLikelihood(TreeLikelihood):
+    r"""`objective(model, x, target, qindex) → (loss, logits)`: $(1-w) L + w\, H(q, p)$, the
+    likelihood of trees and the cross-entropy against the mean of teachers on the coded nodes.
+
+    Source: Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[nn.Module],  # `JointModel`s with the levels of `weights`
+        # of the levels 64, 32, 16, 8, or of 128 and these; not negative
+        weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        share: float = 0.5,  # w, 0–1
+    ):
+        super().__init__(weights)
+        if not teachers:
+            raise ValueError("there is no teacher to learn from.")
+        self.share = check_number("share", share, 0, 1)
+        # a tuple is no module: nothing of them is trained or stored
+        self.teachers = tuple(teacher.eval() for teacher in teachers)
+
+    def forward(
+        self,
+        model: nn.Module,  # a `JointModel`
+        x: torch.Tensor,  # float [B,1,H,W] in [0,1]
+        target: torch.Tensor,  # int64 [B, cells], −1 where nothing is known
+        qindex: torch.Tensor,  # [B], 0–255, or conditions [B,5]
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # scalar loss, and logits
+        logits, side = model(x, qindex), x.shape[2:]
+        with torch.no_grad():
+            said = [teacher.to(x.device)(x, qindex) for teacher in self.teachers]
+        taught = logits.new_zeros((), dtype=torch.float32)
+        for size, cells in cell_slices(*side, self.levels).items():
+            legal = getattr(self, f"legal{size}")
+            scores, *others = (
+                type_log_probabilities(own[:, cells], legal) for own in (logits, *said)
+            )
+            goal = torch.stack([own.exp() for own in others]).mean(0)
+            against = -(goal * scores.masked_fill(~legal, 0)).sum(2)
+            taught = taught + self.weights[size] * mean_where(against, target[:, cells] >= 0)
+        own = self.loss(logits, target, *side)
+        return (1 - self.share) * own + self.share * taught, logits
 
 # %% ../nbs/14_losses.ipynb #3fc03170
 class RegretLikelihood(TreeLikelihood):
