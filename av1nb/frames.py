@@ -390,8 +390,17 @@ def _detailed_places(frames, power):
     return places, nodes * own[places[0]].clamp(min=1).pow(power - 1)
 
 
-def _even_places(frames, share, count, generator):
-    "Places of crops, every one of a recording as likely as any other."
+def _drawn_from(seed, epoch):
+    "Random numbers of an epoch."
+    state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> 1))
+
+
+def _even_places(frames, share, count, generator, busy=None):
+    "Places of crops, every one of a recording as likely as any other; or of the busy ones."
+    if busy is not None:
+        places, likely = busy
+        return places[:, torch.multinomial(likely, count, True, generator=generator)]
     recording = torch.multinomial(share, count, True, generator=generator)
     block = frames.levels[0]
     row, col = (
@@ -454,10 +463,8 @@ class CropBatches:
         busy: bool = False,
     ):
         if batch_size < 1 or batch_size % world:
-            raise ValueError(
-                f"batch_size is {batch_size}; it must be at least 1 and divisible by the {world}"
-                " processes."
-            )
+            wanted = f"at least 1 and divisible by the {world} processes."
+            raise ValueError(f"batch_size is {batch_size}; it must be {wanted}")
         self.frames, self.batch_size, self.seed, self.epoch = frames, batch_size, seed, 1
         self.symmetries, self.rank, self.world = symmetries, rank, world
         self.share = frames.superblocks.double().pow(power)
@@ -484,14 +491,9 @@ class CropBatches:
         # whether the crop was drawn by its nodes of 16×16
     ) -> list:
         "What this epoch looks at."
-        state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0] >> 1))
+        generator = _drawn_from(self.seed, self.epoch)
         n, frames = len(self) * self.batch_size, self.frames
-        if self.busy is None:
-            recording, row, col = _even_places(frames, self.share, n, generator)
-        else:
-            places, likely = self.busy
-            recording, row, col = places[:, torch.multinomial(likely, n, True, generator=generator)]
+        recording, row, col = _even_places(frames, self.share, n, generator, self.busy)
         symmetry = torch.randint(8 if self.symmetries else 1, (n,), generator=generator)
         # spread evenly over batches and processes
         fine = (torch.arange(n, dtype=torch.float64) * self.detail).remainder(1) + self.detail >= 1

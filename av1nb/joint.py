@@ -26,7 +26,7 @@ import torch
 
 from .datasets import BlockSet, read_block_sets, read_metadata
 from .encoding import Conditions
-from .files import from_root, sha256
+from .files import from_root
 from av1nb.frames import (
     CropBatches,
     Filmed,
@@ -137,13 +137,13 @@ def tree_scores(
         result["nll"] += result[f"nll_{size}"]
     return result
 
-# %% ../nbs/24_joint.ipynb #930402dd
+# %% ../nbs/24_joint.ipynb #930402dc
 def _evaluated_together(model, val, config):
     "Crops of a validation batch."
     x, _, told, *_ = next(iter(TileBatches(val, 1)))
     return evaluation_batch(model, (x, told), pick_device(config.device), config.batch_size)
 
-
+# %% ../nbs/24_joint.ipynb #930402dd
 def train_joint(
     train: FrameSet,  # training frames; its `side` is that of the crops
     val: FrameSet,  # validation frames, the same side

@@ -108,7 +108,7 @@ def test_one_list_makes_the_messages(tmp_path):
         for made in notebook.makes:
             with pytest.raises(FileNotFoundError, match=f"{notebook.name} makes it"):
                 run.require(made)
-    assert isinstance(runs.notebook_table(), pd.DataFrame) and len(runs.notebook_table()) == 20
+    assert isinstance(runs.notebook_table(), pd.DataFrame) and len(runs.notebook_table()) == 23
 
 
 def test_the_architecture_names_every_room():
