@@ -1012,6 +1012,23 @@ def _departures(frames):
     means = sums.float().div_(16 * 1023)
     return entries, means.reshape(batch, 1, height // 4, width // 4)
 
+
+def _over_nine(x, dim):
+    "Sums over each nine neighbours along a dimension, 2 or 3, with zeros beyond the edges."
+    count = x.shape[dim]
+    x = nn.functional.pad(x, (4, 4) if dim == 3 else (0, 0, 4, 4))
+    two = x.narrow(dim, 0, count + 6) + x.narrow(dim, 1, count + 6)
+    four = two.narrow(dim, 0, count + 4) + two.narrow(dim, 2, count + 4)
+    eight = four.narrow(dim, 0, count) + four.narrow(dim, 4, count)
+    return eight.add_(x.narrow(dim, 8, count))
+
+
+def _relief_by_sums(mean):
+    "`_relief` of float32 up to rounding, with shifted sums: a third of its time on a CPU."
+    rows, cols = mean.shape[2:]
+    inside = _over_nine(torch.ones(1, 1, rows, 1), 2) * _over_nine(torch.ones(1, 1, 1, cols), 3)
+    return mean - _over_nine(_over_nine(mean, 2), 3).div_(inside)
+
 # %% ../nbs/12_backbones.ipynb #a81c0002
 class JointInputs(JointLayers):
     "The joint network up to its first layer: quantiser and pixels as it sees them."
@@ -1065,7 +1082,7 @@ class JointInputs(JointLayers):
         entries, means = _departures(samples)
         entries[:, 16] = 0
         found = self.table.index_select(0, entries.flatten()).reshape(-1, 17)
-        found[:, 16:] = seen(_relief(means))
+        found[:, 16:] = seen(_relief_by_sums(means))
         batch, _, rows, cols = means.shape
         return found.view(dtype).reshape(batch, rows, cols, 34).permute(0, 3, 1, 2)
 

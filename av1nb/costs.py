@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SearchLog', 'log_from_tables', 'regret', 'near_ties', 'read_logs', 'read_costs', 'search_tree', 'searched_frames',
            'regret_report', 'same_labels', 'log_grids', 'own_seconds', 'SearchedFrame', 'searched_frame',
-           'read_searched', 'replay', 'oracle_levels', 'words_of', 'likeliest', 'node_features', 'DecisionExample',
-           'LevelModel', 'DecisionModel', 'fit_decisions', 'replayed_curve', 'lost_at', 'decision_examples',
-           'save_decisions', 'load_decisions']
+           'read_searched', 'replay', 'oracle_levels', 'words_of', 'likeliest', 'block_moments', 'node_features',
+           'DecisionExample', 'LevelModel', 'DecisionModel', 'fit_decisions', 'replayed_curve', 'lost_at',
+           'decision_examples', 'save_decisions', 'load_decisions']
 
 # %% ../nbs/28_costs.ipynb #7148e706
 import ast
@@ -531,6 +531,26 @@ def likeliest(
     return words
 
 # %% ../nbs/28_costs.ipynb #d0c30002
+_ROWS = 4  # of blocks that are worked on at a time, few enough to stay in the processor's cache
+
+
+def block_moments(
+    luma: np.ndarray,  # one frame, unsigned integers [H, W]
+    side: int,  # of the blocks in pixels
+) -> tuple[np.ndarray, np.ndarray]:  # float64 [H // side, W // side] each
+    """Mean and mean square of the whole blocks of a frame; exact for samples of 10 bits and blocks
+    of up to 16 pixels.
+    """
+    rows, cols = (n // side for n in luma.shape)
+    blocks = luma[: rows * side, : cols * side].reshape(rows, side, cols * side)
+    sums = np.empty((2, rows, cols * side), np.float32)  # over each column of a block
+    for first in range(0, rows, _ROWS):
+        part = blocks[first : first + _ROWS].astype(np.float32)
+        part.sum(1, out=sums[0, first : first + _ROWS])
+        np.einsum("rij,rij->rj", part, part, out=sums[1, first : first + _ROWS])
+    return tuple(sums.reshape(2, rows, cols, side).astype(float) @ np.full(side, 1 / side**2))
+
+# %% ../nbs/28_costs.ipynb #9c41d0c2
 _FEATURES = 4  # numbers that describe a node to the models of seconds and cost
 
 
@@ -542,11 +562,8 @@ def node_features(
 ) -> dict:
     "How busy every node of a frame is."
     beyond = [(0, -side % 64) for side in luma.shape]
-    rows, cols = ((side + more) // 8 for side, (_, more) in zip(luma.shape, beyond))
-    # float32 sums of 64 samples of 10 bits are exact
-    blocks = np.pad(luma, beyond, mode="edge").astype(np.float32).reshape(rows, 8, cols, 8)
-    mean = blocks.mean((1, 3))
-    square = np.einsum("ricj,ricj->rc", blocks, blocks) / 64
+    moments = block_moments(np.pad(luma, beyond, mode="edge"), 8)
+    mean, square = (values.astype(np.float32) for values in moments)
     busy, found = np.log1p(np.maximum(square - mean**2, 0)), {}
     for size in sorted(LEVELS):
         if size > 8:
@@ -593,13 +610,24 @@ class LevelModel:
     seconds: np.ndarray = field(repr=False)
 
 
-def _told(p, qindex):
-    "Probabilities, sure and doubtful, as the regrets take them: [..., 40]."
+def _sure_and_doubtful(p):
+    "Probabilities [..., 10] as they are, and as an unsure network would say them: [..., 20]."
     doubtful = np.sqrt(p)
-    total = doubtful.sum(-1, keepdims=True)
-    doubtful = np.divide(doubtful, total, out=np.zeros_like(doubtful), where=total > 0)
-    share, both = np.float32(qindex / 255), np.concatenate([p, doubtful], -1)
+    total = doubtful @ np.ones(TYPES, p.dtype)
+    doubtful *= np.divide(1, total, out=np.zeros_like(total), where=total > 0)[..., None]
+    return np.concatenate([p, doubtful], -1)
+
+
+def _told(p, qindex):
+    "Probabilities as the regrets take them: [..., 40]."
+    share, both = np.float32(qindex / 255), _sure_and_doubtful(p)
     return np.concatenate([both * (1 - share), both * share], -1)
+
+
+def _at_qindex(values, qindex):
+    "What is given for qindex 0 [20, …] and for 255 [20, …], one after the other, at a qindex."
+    share, (first, last) = np.float32(qindex / 255), np.split(values, 2)
+    return first * (1 - share) + last * share
 
 # %% ../nbs/28_costs.ipynb #d0c30006
 def _log_linear(features, values):
@@ -725,16 +753,17 @@ class DecisionModel:
         entered = np.ones((1, 1), np.float32)  # share of the nodes that a search sees
         for size in sorted(self.levels, reverse=True):
             model = self.levels[size]
-            p = np.asarray(probabilities[size], np.float32)
-            told = _told(p, qindex)
-            loss = told @ model.regrets * (costs[size] / total)[..., None]
-            split = np.minimum(told @ model.split, 1)
-            seconds = np.exp(features[size] @ model.seconds) * entered[..., None]
-            inside = [np.arange(n) * size < side for n, side in zip(p.shape, luma.shape)]
-            seconds *= (inside[0][:, None] & inside[1])[..., None]
+            told = _sure_and_doubtful(np.asarray(probabilities[size], np.float32))
+            split = np.minimum(told @ _at_qindex(model.split, qindex), 1)
+            told *= (costs[size] / total)[..., None]
+            inside = [np.arange(n) * size < side for n, side in zip(told.shape, luma.shape)]
+            seconds = np.exp(features[size] @ model.seconds)
+            seconds *= (entered * (inside[0][:, None] & inside[1]))[..., None]
             quiet = model.choices.tried[model.choices.words == 0][0]
             stock += float((seconds @ quiet).sum())
-            levels[size] = DecisionLevel(model.choices, loss, seconds, split)
+            levels[size] = DecisionLevel(
+                model.choices, told, seconds, split, _at_qindex(model.regrets, qindex)
+            )
             entered = for_children(entered * (model.entered + (1 - model.entered) * split))
         stock *= self.scale
         for level in levels.values():

@@ -537,8 +537,8 @@ class JointPredictor:
         }
 
     def _legal(self, width, height, conditions):
-        """Legal types bool [10, cells], all of them outside the frame, and what is outside, bool
-        [cells]; kept for the next frame of this size.
+        """Types that are not legal bool [10, cells], none outside the frame, and what is outside,
+        bool [cells]; kept for the next frame of this size.
         """
         key = width, height, conditions if isinstance(conditions, Conditions) else None
         if self._places[0] != key:
@@ -554,7 +554,7 @@ class JointPredictor:
             outside = ~legal.any(0)
             self._places = key, *(
                 torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
-                for a in (legal | outside, outside)
+                for a in (~legal & ~outside, outside)
             )
         return self._places[1:]
 
@@ -641,10 +641,11 @@ class JointPredictor:
             luma = luma.astype(np.uint16) << 2
         out, places = self._cells(luma, qindex, chroma)
         self._warm.add((*luma.shape[::-1], qindex))
-        legal, outside = self._legal(*luma.shape[::-1], qindex)
+        illegal, outside = self._legal(*luma.shape[::-1], qindex)
         # one plane a logit, all levels in one pass
         planes = out.t().to(torch.float32, memory_format=torch.contiguous_format)
-        return type_log_probabilities(planes, legal, 0).exp_().masked_fill_(outside, 0), places
+        known = type_log_probabilities(planes, None, 0).masked_fill_(illegal, -torch.inf)
+        return known.softmax(0).masked_fill_(outside, 0), places
 
     @torch.inference_mode()
     def maps(
@@ -712,6 +713,10 @@ class JointPredictor:
         if (width, height, qindex) in self._warm:
             return 0.0
         started = time.process_time()
+        if self.device.type == "cpu":
+            # the C library keeps twice the largest block that it has given back, 32 MB at most:
+            # so much holds the maps of a frame, and the next one need not ask for memory again
+            torch.empty((32 << 20) - 8192, dtype=torch.uint8)
         grey = np.full((2, -(-height // 2), -(-width // 2)), 512, np.uint16)
         self.maps(np.zeros((height, width), np.uint16), qindex, grey)
         return time.process_time() - started

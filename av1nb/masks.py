@@ -413,8 +413,9 @@ def sum_of_children(
     values: np.ndarray,  # [rows, columns], one for each node, even numbers of both
 ) -> np.ndarray:  # [rows/2, columns/2]
     "Sums over the four children of every node."
-    rows, cols = values.shape
-    return values.reshape(rows // 2, 2, cols // 2, 2).sum((1, 3))
+    values = values + 0  # also where they are true or false
+    rows = values[::2] + values[1::2]
+    return rows[:, ::2] + rows[:, 1::2]
 
 
 def for_children(
@@ -441,11 +442,18 @@ class DecisionLevel:
 
     choices: MaskChoices  # what they may choose
     # float [rows, columns, choices]: cost that a choice is expected to lose where the node is
-    # coded, without what is lost below it
+    # coded, without what is lost below it; or, with `regrets`, float [rows, columns, causes]
     loss: np.ndarray = field(repr=False)
     # float [rows, columns, 10]: seconds of a trial of each type; of SPLIT without what is below
     seconds: np.ndarray = field(repr=False)
     split: np.ndarray = field(repr=False)  # float [rows, columns]: probability that SPLIT wins
+    # float [causes, choices]: what each choice loses of every cause; None: `loss` says it itself
+    regrets: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def losses(self) -> np.ndarray:  # float [rows, columns, choices]
+        "`loss` of every choice."
+        return self.loss if self.regrets is None else self.loss @ self.regrets
 
 
 @dataclass(eq=False)
@@ -457,6 +465,34 @@ class Decision:
     seconds: np.ndarray = field(repr=False)  # float [rows, columns] of the superblocks
 
 
+# numbers of a matrix that are worked on at a time, few enough to stay in the processor's cache
+_AT_ONCE = 1 << 16
+
+
+def _best_choices(level, reach, loss_below, seconds_below, price):
+    """Best choice of every node of a level, what it loses and the seconds it takes, all [rows,
+    columns]; `reach` and what is lost and taken below are of that shape.
+    """
+    split, choices = int(PartitionType.SPLIT), level.choices
+    losses = level.loss.reshape(reach.size, -1) * reach.reshape(-1, 1)
+    loss_below, allowed = loss_below.reshape(-1, 1), choices.allowed[:, split]
+    if level.regrets is None:
+        losses = losses + loss_below * allowed
+    else:  # what is lost below is a cause more
+        losses = np.concatenate([losses, loss_below], 1)
+        regrets = np.concatenate([level.regrets, allowed[None]])
+    seconds, tried = level.seconds.reshape(reach.size, -1).copy(), choices.tried.T.copy()
+    seconds[:, split] += seconds_below.ravel()
+    parts, step = [], max(_AT_ONCE // len(choices.words), 1)
+    for first in range(0, reach.size, step):
+        lost, taken = losses[first : first + step], seconds[first : first + step] @ tried
+        lost = lost if level.regrets is None else lost @ regrets
+        best = (price * taken + lost).argmin(1)
+        nodes = np.arange(len(best))
+        parts.append((best, lost[nodes, best], taken[nodes, best]))
+    return [np.concatenate(found).reshape(reach.shape) for found in zip(*parts)]
+
+
 def decide(
     levels: Mapping[int, DecisionLevel],  # size -> its nodes; every size half of the next
     price: float,  # of a second, in units of the loss
@@ -466,20 +502,14 @@ def decide(
     """
     sizes = sorted(levels, reverse=True)
     reach, chosen = reach_of({size: level.split for size, level in levels.items()}), {}
-    loss_below, seconds_below = 0.0, 0.0
+    loss_below = seconds_below = np.zeros_like(reach[sizes[-1]])
     for size in reversed(sizes):
-        level, split = levels[size], int(PartitionType.SPLIT)
-        seconds = level.seconds.copy()
-        seconds[..., split] += seconds_below
-        loss = level.loss * reach[size][..., None]
-        loss += np.asarray(loss_below)[..., None] * level.choices.allowed[:, split]
-        taken = seconds @ level.choices.tried.T
-        best = (loss + price * taken).argmin(-1)
-        chosen[size] = best
-        loss, taken = (np.take_along_axis(a, best[..., None], -1)[..., 0] for a in (loss, taken))
+        chosen[size], loss, seconds = _best_choices(
+            levels[size], reach[size], loss_below, seconds_below, price
+        )
         if size != sizes[0]:
-            loss_below, seconds_below = sum_of_children(loss), sum_of_children(taken)
-    return Decision(chosen, loss, taken)
+            loss_below, seconds_below = sum_of_children(loss), sum_of_children(seconds)
+    return Decision(chosen, loss, seconds)
 
 # %% ../nbs/27_masks.ipynb #d0c1000f
 def masks_of_decisions(

@@ -45,7 +45,7 @@ from av1nb.masks import (
     masks_of_decisions,
     uniform_masks,
 )
-from .costs import DecisionModel, SearchLog, log_from_tables, same_labels
+from .costs import DecisionModel, SearchLog, block_moments, log_from_tables, same_labels
 
 # %% ../nbs/29_steering.ipynb #e714c7fa
 HOOK_VERSION = 1  # of the three functions and of the tables, see libaom/av1nb_hook.h
@@ -560,6 +560,13 @@ class BlockLook:
     drawn: float  # of those that are not flat, share with few values in a wide range
 
 
+def _values(blocks):
+    "How many values the samples of each block have; takes uint8 [blocks, samples]."
+    seen = np.zeros(256 * len(blocks), bool)  # block, value
+    seen[blocks + 256 * np.arange(len(blocks))[:, None]] = True
+    return seen.reshape(-1, 256).sum(1)
+
+
 def block_look(
     luma: np.ndarray,  # one frame, unsigned integers [H, W], at least 16×16
     bits: int = 10,  # bit depth of the samples
@@ -569,10 +576,12 @@ def block_look(
     rows, cols = height // 16, width // 16
     whole = (luma[: 16 * rows, : 16 * cols] >> bits - 8).astype(np.uint8)
     blocks = whole.reshape(rows, 16, cols, 16).swapaxes(1, 2).reshape(rows * cols, 256)
-    seen = np.zeros((rows * cols, 256), bool)  # block, value
-    seen[np.arange(rows * cols)[:, None], blocks] = True
-    values = seen.sum(1)
-    spread = 255 - seen[:, ::-1].argmax(1) - seen.argmax(1)  # from the lowest to the highest
+    spread = blocks.max(1).astype(int) - blocks.min(1)
+    few = lambda values: (values <= 4) | (spread >= _RANGE) & (spread >= _GAP * values)
+    # a quarter of the samples shows of most blocks that they have too many values
+    values = _values(np.ascontiguousarray(blocks.reshape(-1, 16, 16)[:, ::2, ::2]).reshape(-1, 64))
+    unsure = few(values) & (spread > 0)
+    values[unsure] = _values(blocks[unsure])
     drawn = (spread >= _RANGE) & (spread >= _GAP * values)
     share = lambda chosen, among: float(chosen.sum() / max(among, 1))
     live = values > 1
@@ -595,11 +604,10 @@ def silent_share(
 ) -> float:  # 0 for a frame without a whole block
     "Share of the 16×16 blocks whose detail is below a third of the quantiser's step."
     height, width = luma.shape
-    rows, cols = height // 16, width // 16
-    if not rows * cols:
+    if min(height, width) < 16:
         return 0.0
-    whole = luma[: 16 * rows, : 16 * cols].astype(np.float32)
-    detail = 16 * whole.reshape(rows, 16, cols, 16).std((1, 3)) / 2 ** (bits - 8)
+    mean, square = block_moments(luma, 16)
+    detail = 16 * np.sqrt(np.maximum(square - mean**2, 0)) / 2 ** (bits - 8)
     return float((detail < np.interp(qindex, [*_STEPS], [*_STEPS.values()]) / 24).mean())
 
 # %% ../nbs/29_steering.ipynb #7d1e0c54
@@ -668,7 +676,19 @@ class PricedMasks:
         qindex: int,  # quantiser index, 0–255
     ) -> pd.DataFrame:  # indexed by price: loss and time, expected, as shares
         "What every price is expected to lose and to take on a frame."
-        levels, _ = self.model.expect(probabilities, luma, qindex)
+        return self._curve(self.model.expect(probabilities, luma, qindex)[0])
+
+    def outlook(
+        self,
+        probabilities: Mapping[int, np.ndarray],  # size → [rows, columns, 10], of the network
+        luma: np.ndarray,  # uint16 [H, W], 10 bits
+        qindex: int,  # quantiser index, 0–255
+    ) -> pd.DataFrame | None:  # as of `curve`
+        "The `curve` of a frame, None for an easy one (`is_easy`); the model is asked once."
+        levels, stock = self.model.expect(probabilities, luma, qindex)
+        return None if self._is_easy(stock, luma) else self._curve(levels)
+
+    def _curve(self, levels):
         rows = {}
         for price in self.prices:
             found = decide(levels, price)
