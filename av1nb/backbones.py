@@ -1066,6 +1066,13 @@ class JointInputs(JointLayers):
         seen = torch.stack(both, 2).flatten(1, 2) if self.folds else torch.cat(both, 1)
         return seen.contiguous(memory_format=torch.channels_last)
 
+    def _set_side_by_side(self):
+        "Expect the two gains of a value side by side."
+        conv, self.folds = self.stem.conv, True
+        conv.weight = nn.Parameter(
+            conv.weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
+        )
+
     def _looked_up(self, samples, scaled):
         "`inputs` of samples of 10 bits, int16 [B,1,H,W], which a folded copy alone is given."
         dtype = self.stem.conv.weight.dtype
@@ -1193,10 +1200,5 @@ class JointBackbone(JointInputs):
             for name, child in list(module.named_children()):
                 if isinstance(child, ModulatedConv):
                     setattr(module, name, child.folded(condition))
-        # both gains of a value side by side
-        weight = twin.stem.conv.weight
-        twin.stem.conv.weight = nn.Parameter(
-            weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2).contiguous()
-        )
-        twin.folds = True
+        twin._set_side_by_side()
         return twin.requires_grad_(False)

@@ -836,7 +836,7 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
         "What prices do to the first frame."
         if aside_of(0):
             return None
-        return rule.outlook(first_maps(), luma[0], qindex)
+        return rule.curve(first_maps(), luma[0], qindex, easy=False)
 
     cpu_used, policy, said = _chosen(steer, cpu_used, library, look)
     tags = None if film.cicp == (2, 2, 2) else encoding.ColourTags(*film.cicp)

@@ -464,7 +464,7 @@ class Decision:
     loss: np.ndarray = field(repr=False)  # float [rows, columns] of the superblocks
     seconds: np.ndarray = field(repr=False)  # float [rows, columns] of the superblocks
 
-
+# %% ../nbs/27_masks.ipynb #9c41d0b4
 # numbers of a matrix that are worked on at a time, few enough to stay in the processor's cache
 _AT_ONCE = 1 << 16
 

@@ -674,26 +674,15 @@ class PricedMasks:
         probabilities: Mapping[int, np.ndarray],  # size → [rows, columns, 10], of the network
         luma: np.ndarray,  # uint16 [H, W], 10 bits
         qindex: int,  # quantiser index, 0–255
-    ) -> pd.DataFrame:  # indexed by price: loss and time, expected, as shares
+        easy: bool = True,  # False: None for a frame that `is_easy`
+    ) -> pd.DataFrame | None:  # indexed by price: loss and time, expected, as shares
         "What every price is expected to lose and to take on a frame."
-        return self._curve(self.model.expect(probabilities, luma, qindex)[0])
-
-    def outlook(
-        self,
-        probabilities: Mapping[int, np.ndarray],  # size → [rows, columns, 10], of the network
-        luma: np.ndarray,  # uint16 [H, W], 10 bits
-        qindex: int,  # quantiser index, 0–255
-    ) -> pd.DataFrame | None:  # as of `curve`
-        "The `curve` of a frame, None for an easy one (`is_easy`); the model is asked once."
         levels, stock = self.model.expect(probabilities, luma, qindex)
-        return None if self._is_easy(stock, luma) else self._curve(levels)
-
-    def _curve(self, levels):
-        rows = {}
-        for price in self.prices:
-            found = decide(levels, price)
-            rows[price] = dict(loss=float(found.loss.sum()), time=float(found.seconds.sum()))
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("price")
+        if not easy and self._is_easy(stock, luma):
+            return None
+        found = {price: decide(levels, price) for price in self.prices}
+        rows = {p: dict(loss=d.loss.sum(), time=d.seconds.sum()) for p, d in found.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", dtype=float).rename_axis("price")
 
     def masks(
         self,
