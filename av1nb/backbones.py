@@ -1024,7 +1024,7 @@ def _over_nine(x, dim):
 
 
 def _relief_by_sums(mean):
-    "`_relief` of float32 up to rounding, with shifted sums: a third of its time on a CPU."
+    "`_relief` of float32 up to rounding, with shifted sums: half of its time on a CPU."
     rows, cols = mean.shape[2:]
     inside = _over_nine(torch.ones(1, 1, rows, 1), 2) * _over_nine(torch.ones(1, 1, 1, cols), 3)
     return mean - _over_nine(_over_nine(mean, 2), 3).div_(inside)

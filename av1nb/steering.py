@@ -580,7 +580,8 @@ def block_look(
     few = lambda values: (values <= 4) | (spread >= _RANGE) & (spread >= _GAP * values)
     # a quarter of the samples shows of most blocks that they have too many values
     values = _values(np.ascontiguousarray(blocks.reshape(-1, 16, 16)[:, ::2, ::2]).reshape(-1, 64))
-    unsure = few(values) & (spread > 0)
+    values = np.maximum(values, 1 + (spread > 0))
+    unsure = few(values) & (spread > 3)  # two to four values have no room for more
     values[unsure] = _values(blocks[unsure])
     drawn = (spread >= _RANGE) & (spread >= _GAP * values)
     share = lambda chosen, among: float(chosen.sum() / max(among, 1))
