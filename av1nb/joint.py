@@ -497,6 +497,10 @@ class JointPredictor:
         self.levels = LARGE_LEVELS if model.backbone.superblock == 128 else LEVELS
         self._ready, self._places = {}, (None, None, None)
         self._warm = set()  # (width, height, qindex) of frames that were predicted
+        if self.device.type == "cpu":
+            # the C library keeps twice the largest block that it has given back, 32 MB at most:
+            # so much holds the maps of a frame, and the next one need not ask for memory again
+            torch.empty((32 << 20) - 8192, dtype=torch.uint8)
 
     @classmethod
     def load(
@@ -713,10 +717,6 @@ class JointPredictor:
         if (width, height, qindex) in self._warm:
             return 0.0
         started = time.process_time()
-        if self.device.type == "cpu":
-            # the C library keeps twice the largest block that it has given back, 32 MB at most:
-            # so much holds the maps of a frame, and the next one need not ask for memory again
-            torch.empty((32 << 20) - 8192, dtype=torch.uint8)
         grey = np.full((2, -(-height // 2), -(-width // 2)), 512, np.uint16)
         self.maps(np.zeros((height, width), np.uint16), qindex, grey)
         return time.process_time() - started
