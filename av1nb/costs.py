@@ -438,8 +438,9 @@ def read_searched(
     found = {}
     for path in sorted(Path(folder).glob(f"{name}/stock_q*.npz")):
         kinds = (path.name, path.name.replace("stock", "open"), path.name.replace("stock_", ""))
-        logs = [SearchLog.load(path.with_name(kind)) for kind in kinds]
-        found[int(path.stem[-3:])] = searched_frame(*logs)
+        files = [path.with_name(kind) for kind in kinds]
+        if all(file.is_file() for file in files):
+            found[int(path.stem[-3:])] = searched_frame(*map(SearchLog.load, files))
     return found
 
 # %% ../nbs/28_costs.ipynb #d0c20006
