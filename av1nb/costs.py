@@ -7,7 +7,7 @@ __all__ = ['SearchLog', 'log_from_tables', 'regret', 'near_ties', 'read_logs', '
            'regret_report', 'same_labels', 'log_grids', 'own_seconds', 'SearchedFrame', 'searched_frame',
            'read_searched', 'replay', 'oracle_levels', 'words_of', 'likeliest', 'block_moments', 'node_features',
            'DecisionExample', 'LevelModel', 'DecisionModel', 'fit_decisions', 'replayed_curve', 'lost_at',
-           'decision_examples', 'save_decisions', 'load_decisions']
+           'decision_examples', 'replayed_losses', 'save_decisions', 'load_decisions']
 
 # %% ../nbs/28_costs.ipynb #7148e706
 import ast
@@ -219,27 +219,21 @@ def search_tree(
     log: SearchLog,  # what a search found
 ) -> pd.DataFrame:  # node table
     "The nodes of the best tree of a search: those that no larger undivided block holds."
-    nodes, kept, at = log.nodes[log.nodes["type"] >= 0], [], ["frame", "row", "col"]
-    closed = pd.DataFrame({name: np.zeros(0, np.int64) for name in at})  # blocks not divided on
+    nodes, kept, top = log.nodes[log.nodes["type"] >= 0], [], max(SIZES)
+    shape = nodes["frame"].max() + 1, *(nodes[n].max() // top + 1 for n in ("row", "col"))
+    closed = np.zeros(shape, bool)  # blocks of one size that are not divided, or lie in such
     for size in sorted(SIZES, reverse=True):
-        own = nodes[nodes["size"] == size].reset_index(drop=True)
-        above = own[at].assign(row=own["row"] // (2 * size), col=own["col"] // (2 * size))
-        held = above.merge(closed.drop_duplicates(), on=at, how="left", indicator=True)["_merge"]
-        own = own[(held == "left_only").to_numpy()]
-        kept.append(own)
-        ends = own.loc[own["type"] != PartitionType.SPLIT, at]
-        places = np.stack([closed["row"], closed["col"]])[:, :, None, None] * 2
-        below = places + np.stack(np.meshgrid([0, 1], [0, 1], indexing="ij"))[:, None]
-        below = pd.DataFrame({
-            "frame": np.repeat(closed["frame"].to_numpy(), 4),
-            "row": below[0].reshape(-1),
-            "col": below[1].reshape(-1),
-        })
-        ends = ends.assign(row=ends["row"] // size, col=ends["col"] // size)
-        closed = pd.concat([below, ends], ignore_index=True)
+        if size < top:
+            closed = closed.repeat(2, 1).repeat(2, 2)
+        own = nodes[nodes["size"] == size]
+        places = own["frame"].to_numpy(), *(own[n].to_numpy() // size for n in ("row", "col"))
+        open_ = ~closed[places]
+        kept.append(own[open_])
+        closed[places] |= (own["type"] != PartitionType.SPLIT).to_numpy()
     order = ["frame", "size", "row", "col"]
-    tree = pd.concat(kept).sort_values(order, ascending=[True, False, True, True])
-    return tree.reset_index(drop=True)
+    return pd.concat(kept).sort_values(
+        order, ascending=[True, False, True, True], ignore_index=True
+    )
 
 
 def searched_frames(
@@ -842,6 +836,24 @@ def decision_examples(
             maps = predictor.maps(frame.luma[0], qindex)
             maps = {size: maps[size] for size in LEVELS}
             yield frame, DecisionExample(searched, maps, frame.luma[0], qindex)
+
+
+def replayed_losses(
+    predictor: object,  # with maps(luma, qindex), such as `joint.JointPredictor`
+    fitted_on: Iterable,  # of `material.MaterialFrame`: the decisions are fitted on their searches
+    asked: Iterable,  # of the same: on whose searches the masks are replayed
+    folder: str | os.PathLike,  # of the searches, see `read_searched`
+    prices: Sequence[float],  # of the preset's whole time, in shares of the frame's cost
+    times: Sequence[float],  # shares of the preset's time
+) -> pd.DataFrame:  # one row a search: frame, material, and the loss in percent at each time
+    "What the masks of a network lose at equal times. Raises as `fit_decisions` does."
+    own = decision_examples(predictor, fitted_on, folder)
+    model, rows = fit_decisions([example for _, example in own]), []
+    for frame, example in decision_examples(predictor, asked, folder):
+        lost = lost_at(replayed_curve(model, example, prices), times)
+        place = dict(frame=frame.frame_name, material=frame.material)
+        rows.append(place | dict(zip(times, lost)))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/28_costs.ipynb #d0c3000f
 _DECISIONS = "av1nb decisions 1"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QINDEXES', 'SIZE_CLASSES', 'MODES', 'DEFAULT_CONDITIONS', 'CONDITION_LIMITS', 'synthetic_picture', 'qindex_of',
-           'cq_level_of', 'Conditions', 'ColourTags', 'EncodeResult', 'encode']
+           'cq_level_of', 'nearest_cq_level', 'Conditions', 'ColourTags', 'EncodeResult', 'encode']
 
 # %% ../nbs/05_encoding.ipynb #635edd98
 import ctypes
@@ -85,6 +85,13 @@ def cq_level_of(
             f" {', '.join(map(str, _QINDEX_OF_CQ))}."
         )
     return _QINDEX_OF_CQ.index(qindex)
+
+
+def nearest_cq_level(
+    qindex: int,  # base qindex, 0–255
+) -> int:  # constant quality level, 4–61
+    "The level whose qindex is nearest, among those that have finer and coarser ones beside them."
+    return min(range(4, 62), key=lambda cq_level: abs(qindex_of(cq_level) - qindex))
 
 # %% ../nbs/05_encoding.ipynb #c0d171a1
 # lines of the smaller side from which on libaom takes a frame for one of the next class. Source:

@@ -396,8 +396,8 @@ def _drawn_from(seed, epoch):
     return torch.Generator().manual_seed(int(state[0] >> 1))
 
 
-def _even_places(frames, share, count, generator, busy=None):
-    "Places of crops, every one of a recording as likely as any other; or of the busy ones."
+def _drawn_places(frames, share, count, generator, busy):
+    "Places of crops, every one of a recording as likely as any other; or of the busy ones alone."
     if busy is not None:
         places, likely = busy
         return places[:, torch.multinomial(likely, count, True, generator=generator)]
@@ -493,7 +493,7 @@ class CropBatches:
         "What this epoch looks at."
         generator = _drawn_from(self.seed, self.epoch)
         n, frames = len(self) * self.batch_size, self.frames
-        recording, row, col = _even_places(frames, self.share, n, generator, self.busy)
+        recording, row, col = _drawn_places(frames, self.share, n, generator, self.busy)
         symmetry = torch.randint(8 if self.symmetries else 1, (n,), generator=generator)
         # spread evenly over batches and processes
         fine = (torch.arange(n, dtype=torch.float64) * self.detail).remainder(1) + self.detail >= 1

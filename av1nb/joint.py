@@ -442,7 +442,7 @@ def train_material(
         progress,
         chroma,
         provenance=dict(
-            split_hash=split_hash_of(folder),
+            split_hash=split_hash_of(table),
             materials=materials or sorted(table["material"].unique()),
             frames=int(table["name"].nunique()),
         ),

@@ -1007,6 +1007,11 @@ def mean_where(
     "Mean of the values that count, without making a tensor of them."
     return torch.where(counts, values, 0).sum() / counts.sum().clamp(min=1)
 
+
+def _against(goal, scores, legal):
+    "Cross-entropy of log-probabilities [B, cells, 10] against probabilities of legal types."
+    return -(goal * scores.masked_fill(~legal, 0)).sum(2)
+
 # %% ../nbs/14_losses.ipynb #7c2e5b2f
 class TreeLikelihood(nn.Module):
     """`objective(model, x, target, qindex) → (loss, logits)`: hierarchical log-likelihood of trees.
@@ -1060,8 +1065,7 @@ class TreeLikelihood(nn.Module):
             )
         total = logits.new_zeros((), dtype=torch.float32)
         for size, cells in cell_slices(height, width, self.levels).items():
-            labels, legal = target[:, cells], getattr(self, f"legal{size}")
-            scores = type_log_probabilities(logits[:, cells], legal)
+            labels, (legal, scores) = target[:, cells], self._types_of(size, logits[:, cells])
             # where there is no node, any type that is legal everywhere: it counts zero
             each = -scores.gather(2, labels.clamp(min=0)[..., None])[..., 0]
             if self.smoothing:
@@ -1069,6 +1073,11 @@ class TreeLikelihood(nn.Module):
                 each = (1 - self.smoothing) * each - self.smoothing * spread
             total = total + self.weights[size] * mean_where(each, labels >= 0)
         return total
+
+    def _types_of(self, size, logits):
+        "Legal types of a level, and log-probabilities of all types of its nodes."
+        legal = getattr(self, f"legal{size}")
+        return legal, type_log_probabilities(logits, legal)
 
 # %% ../nbs/14_losses.ipynb #ab140002
 class DistilledLikelihood(TreeLikelihood):
@@ -1104,12 +1113,9 @@ class DistilledLikelihood(TreeLikelihood):
             said = [teacher.to(x.device)(x, qindex) for teacher in self.teachers]
         taught = logits.new_zeros((), dtype=torch.float32)
         for size, cells in cell_slices(*side, self.levels).items():
-            legal = getattr(self, f"legal{size}")
-            scores, *others = (
-                type_log_probabilities(own[:, cells], legal) for own in (logits, *said)
-            )
-            goal = torch.stack([own.exp() for own in others]).mean(0)
-            against = -(goal * scores.masked_fill(~legal, 0)).sum(2)
+            legal, scores = self._types_of(size, logits[:, cells])
+            others = [self._types_of(size, own[:, cells])[1].exp() for own in said]
+            against = _against(torch.stack(others).mean(0), scores, legal)
             taught = taught + self.weights[size] * mean_where(against, target[:, cells] >= 0)
         own = self.loss(logits, target, *side)
         return (1 - self.share) * own + self.share * taught, logits
@@ -1172,15 +1178,14 @@ class RegretLikelihood(TreeLikelihood):
             )
         total = logits.new_zeros((), dtype=torch.float32)
         for size, cells in cell_slices(height, width, self.levels).items():
-            legal, values = getattr(self, f"legal{size}"), regrets[:, cells].float()
+            legal, scores = self._types_of(size, logits[:, cells])
+            values = regrets[:, cells].float()
             known = values.isfinite() & legal
             here = known.any(2)
             values = torch.where(known, values, torch.inf) / self.temperature
-            scores = type_log_probabilities(logits[:, cells], legal)
             expected = (scores.exp() * values.nan_to_num(posinf=1 / self.temperature)).sum(2)
             # a node without costs has no target: any would do, it counts zero
             goal = torch.softmax(-torch.where(here[..., None], values, 0), 2)
-            against = -(goal * scores.masked_fill(~legal, 0)).sum(2)
-            each = self.regret * expected + self.soft * against
+            each = self.regret * expected + self.soft * _against(goal, scores, legal)
             total = total + self.weights[size] * mean_where(each, here)
         return total

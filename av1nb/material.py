@@ -961,10 +961,9 @@ def load_material(
 
 # %% ../nbs/22_material.ipynb #90957df8
 def split_hash_of(
-    folder: str | os.PathLike,  # of a set
+    table: pd.DataFrame,  # of a set, see `material_table`
 ) -> str:
     "Hash of the division of a set into training, validation and test groups."
-    table = material_table(folder)
     return sha256(str(sorted(set(zip(table["group"], table["split"])))).encode())
 
 

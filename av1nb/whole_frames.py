@@ -337,14 +337,35 @@ LEAST_NODES = 10  # of a level, for a frame to count among the frames of a group
 _WITH_INTERVAL = ("accuracy", "above", "share", "top_3", "nll", "ece", "macro_f1")
 
 
+def _groups(facts, by):
+    "Of each group and level, largest nodes first: what its row begins with, its facts, their rows."
+    facts = facts.assign(level=-facts["size"])
+    for key, where in facts.groupby([*by, "level"], sort=True).indices.items():
+        key = key if isinstance(key, tuple) else (key,)
+        yield dict(zip(by, key)) | {"size": -key[-1]}, facts.iloc[where], where
+
+
+def _by_sequence(own, counts):
+    "Sums [sequences, …, sums] of the counts [networks …, rows, sums] of some facts."
+    codes, sequences = pd.factorize(own["sequence"])
+    counts = np.moveaxis(counts, -2, 0)
+    sums = np.zeros((len(sequences), *counts.shape[1:]))
+    np.add.at(sums, codes, counts)
+    return sums
+
+
+def _resampled(by_sequence, draws, seed):
+    "Measures of resampled sets of sequences, [draws, …] each."
+    n = len(by_sequence)
+    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    return measures(np.tensordot(times, by_sequence, 1))
+
+
 def _intervals(by_sequence, draws, seed):
     "Percentile intervals over sequences [sequences, networks, sums] of the mean over networks."
     if len(by_sequence) < 2:
         return {f"{name}_{end}": math.nan for name in _WITH_INTERVAL for end in ("low", "high")}
-    n = len(by_sequence)
-    times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
-    drawn = measures(np.tensordot(times, by_sequence, 1))
-    found = {}
+    drawn, found = _resampled(by_sequence, draws, seed), {}
     for name in _WITH_INTERVAL:
         values = drawn[name].mean(1)
         # a share that many draws do not define has no interval: those that do are the lucky ones
@@ -384,18 +405,13 @@ def group_rows(
 
     Source: Efron and Tibshirani (1993), An Introduction to the Bootstrap.
     """
-    facts = tallies.facts.assign(level=-tallies.facts["size"])
     rows = []
-    for key, where in facts.groupby([*by, "level"], sort=True).indices.items():
-        key = key if isinstance(key, tuple) else (key,)
-        own, counts = facts.iloc[where], tallies.counts[:, where]
+    for row, own, where in _groups(tallies.facts, by):
+        counts = tallies.counts[:, where]
         total, types = measures(counts.sum(1)), counts[0][:, _AT["types"]].sum(0)
-        codes, sequences = pd.factorize(own["sequence"])
-        by_sequence = np.zeros((len(sequences), *counts.sum(1).shape))
-        np.add.at(by_sequence, codes, counts.swapaxes(0, 1))
-        row = dict(zip(by, key)) | {
-            "size": -key[-1],
-            "sequences": len(sequences),
+        by_sequence = _by_sequence(own, counts)
+        row |= {
+            "sequences": len(by_sequence),
             "frames": len(own),
             "networks": len(counts),
             "pictures": " and ".join(sorted(own["pictures"].unique())),
@@ -447,19 +463,12 @@ def paired_rows(
     """
     if not one.facts.equals(other.facts) or len(one.counts) != len(other.counts):
         raise ValueError("two networks are compared on the same frames, with as many seeds each.")
-    facts, rows = one.facts.assign(level=-one.facts["size"]), []
-    both = np.stack([one.counts, other.counts])  # [2, networks, rows, sums]
-    for key, where in facts.groupby([*by, "level"], sort=True).indices.items():
-        key = key if isinstance(key, tuple) else (key,)
-        counts, own = np.moveaxis(both[:, :, where], 2, 0), facts.iloc[where]
-        codes, sequences = pd.factorize(own["sequence"])
-        by_sequence = np.zeros((len(sequences), *counts.shape[1:]))
-        np.add.at(by_sequence, codes, counts)
-        n = len(sequences)
-        times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
-        total = measures(by_sequence.sum(0))
-        drawn = measures(np.tensordot(times, by_sequence, 1))
-        row = dict(zip(by, key)) | {"size": -key[-1], "sequences": n, "nodes": total["nodes"][0, 0]}
+    both, rows = np.stack([one.counts, other.counts]), []  # [2, networks, rows, sums]
+    for row, own, where in _groups(one.facts, by):
+        by_sequence = _by_sequence(own, both[:, :, where])
+        total, drawn = measures(by_sequence.sum(0)), _resampled(by_sequence, draws, seed)
+        n = len(by_sequence)
+        row |= {"sequences": n, "nodes": total["nodes"][0, 0]}
         for name in _COMPARED:
             each, spread = (
                 values[..., 0, :] - values[..., 1, :] for values in (total[name], drawn[name])
