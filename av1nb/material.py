@@ -12,6 +12,7 @@ __all__ = ['MATERIALS', 'FRAME_SIZES', 'PRESETS', 'LEVELS_OF_QUALITY', 'photon_n
 
 # %% ../nbs/22_material.ipynb #0e0acada
 import io
+import math
 import os
 import re
 import shutil
@@ -359,6 +360,10 @@ LEVELS_OF_QUALITY = (5, 62)  # least and greatest constant quality level that is
 # %% ../nbs/22_material.ipynb #62c2d5f7
 _FINE = 20  # greatest quality level of `further_encodes`
 _FURTHER = dict(camera=4, rendered=2, dark=2, empty=2)  # how many of them; others have one
+# at fine levels unlike its neighbours: it leaves most blocks of 16×16 whole
+_ODD = "allintra", 4
+# most pixels of test frames that are tested under two, and under one, further conditions
+_QUICK = 500_000, 1_000_000
 
 
 def _encodes_of(presets, levels, rng):
@@ -387,12 +392,15 @@ def further_encodes(
     material: str,  # one of `MATERIALS`
     encodes: Sequence[Mapping],  # of the frame, whose presets are not taken again
     rng: np.random.Generator,  # of presets, levels and superblocks
+    count: int | None = None,  # None: by the material, more where frames are few
+    levels: Sequence[int] = (LEVELS_OF_QUALITY[0], _FINE),  # least and greatest quality level
 ) -> tuple:  # of `FramePlan.encodes`
-    "Encodes at fine levels, which a draw over all levels hardly meets; more where frames are few."
+    "Encodes with presets not yet taken, at fine levels, which a draw over all levels hardly meets."
     taken = {(own["mode"], own["cpu_used"]) for own in encodes}
     free = [preset for preset in PRESETS if preset not in taken]
-    chosen = rng.choice(len(free), _FURTHER.get(material, 1), replace=False)
-    return _encodes_of([free[k] for k in chosen], (LEVELS_OF_QUALITY[0], _FINE), rng)
+    count = _FURTHER.get(material, 1) if count is None else count
+    chosen = rng.choice(len(free), count, replace=False)
+    return _encodes_of([free[k] for k in chosen], levels, rng)
 
 # %% ../nbs/22_material.ipynb #27f3b1f6
 # of each kind of source: material, and how many frames of it a source gives on average
@@ -487,13 +495,20 @@ def _drawing(number, material, step, encodes, seed):
     return FramePlan(group, group, split, material, size, ((step, ()),), drawn, own)
 
 # %% ../nbs/22_material.ipynb #f1b776d3
-def _with_further(plan, seed):
-    "The plan of a frame, with encodes at fine levels where it teaches or chooses an epoch."
+def _with_further(plan, seed, edition):
+    "The plan of a frame, with encodes at fine levels where it teaches, at any level in the test."
+    rng, encodes = _generator(seed, f"{plan.name} further"), plan.encodes
     if plan.split == "test":
-        return plan
-    rng = _generator(seed, f"{plan.name} further")
-    more = further_encodes(plan.material, plan.encodes, rng)
-    return replace(plan, encodes=plan.encodes + more)
+        if edition < 2:
+            return plan
+        count = sum(math.prod(plan.size) <= most for most in _QUICK)
+        more = further_encodes(plan.material, encodes, rng, count, LEVELS_OF_QUALITY)
+        return replace(plan, encodes=encodes + more)
+    encodes += further_encodes(plan.material, encodes, rng)
+    if edition > 1 and plan.split == "train" and rng.random() < 0.5:
+        if _ODD not in [(own["mode"], own["cpu_used"]) for own in encodes]:
+            encodes += _encodes_of([_ODD], (LEVELS_OF_QUALITY[0], _FINE), rng)
+    return replace(plan, encodes=encodes)
 
 
 def plan_frames(
@@ -503,7 +518,10 @@ def plan_frames(
     encodes: int = 2,
     amount: float = 1.0,  # frames of each source, as a factor on what is usual
     seed: int = 42,  # of all that is drawn
-    further: bool = True,  # False: no `further_encodes`
+    # edition of `further_encodes`; 0: none, 1: where a frame teaches or chooses an epoch, 2: also
+    # of
+    # test frames, and half of the training frames with preset 4 at a fine level
+    further: int = 2,
 ) -> list[FramePlan]:  # in an order in which any beginning holds some of everything
     """Plans of all frames. What one source becomes does not depend on the others.
 
@@ -521,7 +539,7 @@ def plan_frames(
         for material, step in (("screen", "screen"), ("empty", "title")):
             plans.append(_drawing(number, material, step, encodes, seed))
     if further:
-        plans = [_with_further(plan, seed) for plan in plans]
+        plans = [_with_further(plan, seed, further) for plan in plans]
     return sorted(plans, key=lambda plan: sha256(plan.name.encode()))
 
 # %% ../nbs/22_material.ipynb #f301252f

@@ -59,9 +59,10 @@ def material_frames(
         costs = getattr(frame, "costs", None) or {}
         for number, luma in zip(frame.frames, frame.luma):
             for qindex, nodes in frame.nodes.items():
+                told = frame.conditions  # a frame may be coded under several
                 yield WholeFrame(
                     frame.name,
-                    f"{frame.frame_name}/{number}",
+                    f"{frame.frame_name}/{number} {told.mode}{told.cpu_used} q{qindex}",
                     frame.material,
                     frame.conditions,
                     luma,
