@@ -696,6 +696,14 @@ def _with_another_libaom(tuned, used):
 _TUNED = 4  # fastest preset that the shipped thresholds are for
 
 
+def _network_of(policy):
+    "Weights that masks are decided with, where no others are named."
+    from av1nb import steering
+
+    priced = isinstance(policy, steering.PricedMasks)
+    return steering.shipped_weights() if priced else steering.wide_weights()
+
+
 def _within_budget(budget, weights, policies, cpu_used, library):
     """Decisions or thresholds that keep a budget, None for a preset without, and what is to be said
     of them.
@@ -773,7 +781,7 @@ def _steering(steer, cpu_used):
     typer.echo(said[0].upper() + said[1:])
     if policy is None:
         return dict(cpu_used=cpu_used)
-    predictor = joint.JointPredictor.load(steer[1] or steering.shipped_weights())
+    predictor = joint.JointPredictor.load(steer[1] or _network_of(policy))
     return dict(cpu_used=cpu_used, predictor=predictor, policy=policy)
 
 
@@ -827,10 +835,9 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
     started = time.process_time()
     luma = [planes[0] for planes in film.planes]
 
-    weights = steer[1] or steering.shipped_weights()
-    network = functools.cache(lambda: joint.JointPredictor.load(weights))
+    network = functools.cache(joint.JointPredictor.load)
     aside_of = functools.cache(lambda number: steering.why_aside(luma[number], qindex=qindex))
-    first_maps = functools.cache(lambda: network().maps(luma[0], qindex))
+    first_maps = functools.cache(lambda: network(steering.shipped_weights()).maps(luma[0], qindex))
 
     def look(rule):
         "What prices do to the first frame."
@@ -846,7 +853,7 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
             raise ValueError(f"--all-quantisers compares masks with none, and there are {said}")
         typer.echo(f"{film}; {said}")
         return _without_masks(film, out, settings | dict(cq_level=cq_level))
-    predictor = network()
+    predictor = network(steer[1] or _network_of(policy))
     predictor.warm_up(film.width, film.height, qindex)
     loading += time.process_time() - started
     typer.echo(f"{film}; {said}")

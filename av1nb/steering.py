@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HOOK_VERSION', 'RELEASE', 'HOOK', 'CALIBRATION', 'TRIAL', 'encoder_cache', 'find_encoder', 'load_encoder',
            'luma_quality', 'MaskedResult', 'encode_masked', 'search_costs', 'record_costs', 'label_stability',
-           'shipped_decisions', 'shipped_policies', 'shipped_weights', 'save_policies', 'policy_for', 'tuned_with',
-           'BlockLook', 'block_look', 'silent_share', 'why_aside', 'PricedMasks', 'predict_masks', 'encode_predicted',
-           'measure_conditions', 'follow_network', 'measure_encodes']
+           'shipped_decisions', 'shipped_policies', 'shipped_weights', 'wide_weights', 'save_policies', 'policy_for',
+           'tuned_with', 'BlockLook', 'block_look', 'silent_share', 'why_aside', 'PricedMasks', 'predict_masks',
+           'encode_predicted', 'measure_conditions', 'follow_network', 'measure_encodes']
 
 # %% ../nbs/29_steering.ipynb #ae44d329
 import ctypes
@@ -468,7 +468,12 @@ def shipped_policies() -> Path:
 
 
 def shipped_weights() -> Path:
-    "The regret-trained network that comes with the package, which the policies were tuned with."
+    "The light network that comes with the package, which the decisions were fitted with."
+    return Path(str(files("av1nb"))) / "data/encoder/light.pt"
+
+
+def wide_weights() -> Path:
+    "The wide network that comes with the package, which the policies were tuned with."
     return Path(str(files("av1nb"))) / "data/encoder/regret.pt"
 
 # %% ../nbs/29_steering.ipynb #ab290002

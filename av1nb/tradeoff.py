@@ -389,7 +389,7 @@ def read_promises(
 
 # expected seconds of a search of the slowest preset, for a million pixels, below which nothing is
 # promised
-EASY = 5.0
+EASY = 3.0
 
 
 def easy_below(
