@@ -872,9 +872,9 @@ def save_decisions(
                 arrays[f"{preset}_{size}_{name}"] = getattr(level.choices, name)
             for name in ("regrets", "split", "entered", "cost", "seconds"):
                 values = np.asarray(getattr(level, name))
-                arrays[f"{preset}_{size}_{name}"] = (
-                    values.astype(np.float16) if name == "regrets" else values
-                )
+                # what is read again and written again stays as it is
+                kept = np.float16 if name == "regrets" else np.float32
+                arrays[f"{preset}_{size}_{name}"] = values.astype(kept)
     scales = {str(preset): model.scale for preset, model in models.items()}
     facts = json.dumps(dict(format=_DECISIONS, scales=scales) | facts)
     with atomic_file(path) as part, open(part, "wb") as file:
