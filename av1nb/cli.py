@@ -703,7 +703,7 @@ def _network_of(policy):
     priced = isinstance(policy, steering.PricedMasks)
     return steering.shipped_weights() if priced else steering.wide_weights()
 
-
+# %% ../nbs/34_cli.ipynb #8b1f6e21
 def _within_budget(budget, weights, policies, cpu_used, library):
     """Decisions or thresholds that keep a budget, None for a preset without, and what is to be said
     of them.
