@@ -13,10 +13,12 @@ import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import ThreadpoolController
 
 from .files import write_bytes
 from .partitions import PartitionType, SIZES, legal_grid, legal_types, mi_shape, smallest_sets
@@ -493,6 +495,12 @@ def _best_choices(level, reach, loss_below, seconds_below, price):
     return [np.concatenate(found).reshape(reach.shape) for found in zip(*parts)]
 
 
+@cache
+def _thread_pools():
+    "The libraries of this process that have threads of their own."
+    return ThreadpoolController()
+
+
 def decide(
     levels: Mapping[int, DecisionLevel],  # size -> its nodes; every size half of the next
     price: float,  # of a second, in units of the loss
@@ -503,12 +511,14 @@ def decide(
     sizes = sorted(levels, reverse=True)
     reach, chosen = reach_of({size: level.split for size, level in levels.items()}), {}
     loss_below = seconds_below = np.zeros_like(reach[sizes[-1]])
-    for size in reversed(sizes):
-        chosen[size], loss, seconds = _best_choices(
-            levels[size], reach[size], loss_below, seconds_below, price
-        )
-        if size != sizes[0]:
-            loss_below, seconds_below = sum_of_children(loss), sum_of_children(seconds)
+    # products as small as these are done before a second thread is awake, which then only spins
+    with _thread_pools().limit(limits=1, user_api="blas"):
+        for size in reversed(sizes):
+            chosen[size], loss, seconds = _best_choices(
+                levels[size], reach[size], loss_below, seconds_below, price
+            )
+            if size != sizes[0]:
+                loss_below, seconds_below = sum_of_children(loss), sum_of_children(seconds)
     return Decision(chosen, loss, seconds)
 
 # %% ../nbs/27_masks.ipynb #d0c1000f
