@@ -358,7 +358,7 @@ PRESETS = (*(("allintra", speed) for speed in range(7)), *(("good", s) for s in 
 LEVELS_OF_QUALITY = (5, 62)  # least and greatest constant quality level that is drawn
 
 # %% ../nbs/22_material.ipynb #62c2d5f7
-_FINE = 20  # greatest quality level of `further_encodes`
+_FINE = LEVELS_OF_QUALITY[0], 20  # least and greatest quality level of `further_encodes`
 _FURTHER = dict(camera=4, rendered=2, dark=2, empty=2)  # how many of them; others have one
 # at fine levels unlike its neighbours: it leaves most blocks of 16×16 whole
 _ODD = "allintra", 4
@@ -393,7 +393,7 @@ def further_encodes(
     encodes: Sequence[Mapping],  # of the frame, whose presets are not taken again
     rng: np.random.Generator,  # of presets, levels and superblocks
     count: int | None = None,  # None: by the material, more where frames are few
-    levels: Sequence[int] = (LEVELS_OF_QUALITY[0], _FINE),  # least and greatest quality level
+    levels: Sequence[int] = _FINE,  # least and greatest quality level
 ) -> tuple:  # of `FramePlan.encodes`
     "Encodes with presets not yet taken, at fine levels, which a draw over all levels hardly meets."
     taken = {(own["mode"], own["cpu_used"]) for own in encodes}
@@ -507,7 +507,7 @@ def _with_further(plan, seed, edition):
     encodes += further_encodes(plan.material, encodes, rng)
     if edition > 1 and plan.split == "train" and rng.random() < 0.5:
         if _ODD not in [(own["mode"], own["cpu_used"]) for own in encodes]:
-            encodes += _encodes_of([_ODD], (LEVELS_OF_QUALITY[0], _FINE), rng)
+            encodes += _encodes_of([_ODD], _FINE, rng)
     return replace(plan, encodes=encodes)
 
 
@@ -519,8 +519,7 @@ def plan_frames(
     amount: float = 1.0,  # frames of each source, as a factor on what is usual
     seed: int = 42,  # of all that is drawn
     # edition of `further_encodes`; 0: none, 1: where a frame teaches or chooses an epoch, 2: also
-    # of
-    # test frames, and half of the training frames with preset 4 at a fine level
+    # in the test, and with preset 4 at a fine level for half of the training frames
     further: int = 2,
 ) -> list[FramePlan]:  # in an order in which any beginning holds some of everything
     """Plans of all frames. What one source becomes does not depend on the others.
