@@ -7,7 +7,7 @@ __all__ = ['SearchLog', 'log_from_tables', 'regret', 'near_ties', 'read_logs', '
            'regret_report', 'same_labels', 'log_grids', 'own_seconds', 'SearchedFrame', 'searched_frame',
            'read_searched', 'replay', 'oracle_levels', 'words_of', 'likeliest', 'block_moments', 'node_features',
            'DecisionExample', 'LevelModel', 'DecisionModel', 'fit_decisions', 'replayed_curve', 'lost_at',
-           'decision_examples', 'replayed_losses', 'save_decisions', 'load_decisions']
+           'decision_examples', 'replayed_losses', 'decisions_name', 'save_decisions', 'load_decisions']
 
 # %% ../nbs/28_costs.ipynb #7148e706
 import ast
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .encoding import Conditions
+from .encoding import MODES, Conditions
 from .files import atomic_file, require_small_zip
 from .partitions import LEVELS, PartitionType, SIZES, is_inside
 from av1nb.masks import (
@@ -385,6 +385,8 @@ class SearchedFrame:
     stock: dict = field(repr=False)  # own seconds in the preset's search; 0: not tried
     tried: dict = field(repr=False)  # bool: types that the preset tries by itself
     seconds: float  # of the preset's own search
+    mode: str = "allintra"  # of the encoder, or "good"
+    cpu_used: int | None = None  # its preset; None: not told
 
     @property
     def best(self) -> dict:  # size → float64 [rows, columns]; 0 outside the frame
@@ -403,16 +405,30 @@ def _filled(seconds, full):
     return np.nan_to_num(np.where(np.isfinite(seconds), seconds, full * ratio))
 
 
+def _searched_as(log):
+    "Mode and preset of a search."
+    return log.settings.get("mode", "allintra"), log.settings.get("cpu_used")
+
+
+def _of_each(told):
+    "Modes and presets as words."
+    return " and ".join(sorted(f"speed {speed} of mode {mode}" for mode, speed in told))
+
+
 def searched_frame(
     stock: SearchLog,  # of the preset's own search
     opened: SearchLog,  # of the search with all types allowed everywhere
     exhaustive: SearchLog,  # of the search that gives up no type, see `steering.search_costs`
     frame: int = 0,  # number of the frame
 ) -> SearchedFrame:
-    "What three searches of a frame tell together."
+    "What three searches of a frame tell together. Raises `ValueError` if their presets differ."
+    logs = (stock, opened, exhaustive)
+    if len(told := {_searched_as(log) for log in logs}) > 1:
+        raise ValueError(f"Three searches of a frame are of {_of_each(told)}, not of one preset.")
+    [searched_as] = told
     costs = log_grids(exhaustive, exhaustive.costs, frame)
     costs = {size: np.where(np.isinf(grid), np.nan, grid) for size, grid in costs.items()}
-    own, wide, full = (own_seconds(log, frame) for log in (stock, opened, exhaustive))
+    own, wide, full = (own_seconds(log, frame) for log in logs)
     seen = {size: np.isfinite(grid).any(-1, keepdims=True) for size, grid in own.items()}
     return SearchedFrame(
         costs,
@@ -421,6 +437,7 @@ def searched_frame(
         {size: np.nan_to_num(grid) for size, grid in own.items()},
         {size: np.where(seen[size], np.isfinite(own[size]), True) for size in LEVELS},
         float(sum(np.nansum(grid) for grid in own.values())),
+        *searched_as,
     )
 
 
@@ -786,13 +803,16 @@ def _used_choices(model, examples, prices):
 
 
 def fit_decisions(
-    examples: Sequence[DecisionExample],  # frames of one preset, with one network
+    examples: Sequence[DecisionExample],  # frames of one mode and preset, with one network
     most: int = 4,  # types of the largest set that lifts the pruning
     prices: Sequence[float] = tuple(np.geomspace(1e-3, 1, 7)),  # that will be asked for
 ) -> DecisionModel:
-    "The model of a preset. Raises `ValueError` without examples."
+    "The model of a preset. Raises `ValueError` without examples, and for several presets' at once."
     if not examples:
         raise ValueError("There is no searched frame to fit a decision on.")
+    told = {(e.searched.mode, e.searched.cpu_used) for e in examples}
+    if len(told) > 1:
+        raise ValueError(f"The searches are of {_of_each(told)}: fit each on its own.")
     levels = {size: _fit_level(examples, size, most) for size in LEVELS}
     whole = DecisionModel(levels, 1.0)
     said = sum(whole.expect(e.probabilities, e.luma, e.qindex)[1] for e in examples)
@@ -859,9 +879,19 @@ def replayed_losses(
 _DECISIONS = "av1nb decisions 1"
 
 
+def decisions_name(
+    mode: str = "allintra",  # of the encodes that masks are for, or "good"
+) -> str:
+    "Name of the file of a mode's decisions. Raises `ValueError` for a mode that does not exist."
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; it must be {' or '.join(map(repr, MODES))}.")
+    return "decisions.npz" if mode == MODES[0] else f"decisions_{mode}.npz"
+
+
 def save_decisions(
     models: Mapping[int, DecisionModel],  # preset → model
     path: str | os.PathLike,  # file to write, compressed NumPy arrays
+    mode: str = "allintra",  # of the encodes that they are for, or "good"
     **facts,  # plain values to keep with them, such as the network's hash and the release of libaom
 ) -> Path:  # the path
     "Write models whole or not at all."
@@ -876,7 +906,8 @@ def save_decisions(
                 kept = np.float16 if name == "regrets" else np.float32
                 arrays[f"{preset}_{size}_{name}"] = values.astype(kept)
     scales = {str(preset): model.scale for preset, model in models.items()}
-    facts = json.dumps(dict(format=_DECISIONS, scales=scales) | facts)
+    told = dict(format=_DECISIONS, scales=scales) | ({} if mode == MODES[0] else dict(mode=mode))
+    facts = json.dumps(told | facts)
     with atomic_file(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, facts=np.array(facts), **arrays)
     return Path(path)
@@ -904,10 +935,13 @@ def _read_decisions(path):
 
 def load_decisions(
     path: str | os.PathLike,  # file of `save_decisions`
+    mode: str = "allintra",  # of the encodes that they shall be for, or "good"
 ) -> tuple[dict, dict]:  # preset → `DecisionModel`; facts
-    "Raises `FileNotFoundError`, and `ValueError` for a file that holds no models or is damaged."
+    """Raises `FileNotFoundError`, and `ValueError` for a file that holds no models, is damaged, or
+    is of another mode.
+    """
     try:
-        return _read_decisions(path)
+        models, facts = _read_decisions(path)
     except FileNotFoundError:
         raise
     # whatever a zip file or JSON can do wrong
@@ -916,3 +950,6 @@ def load_decisions(
         raise ValueError(
             f"{path} holds no decisions, or is damaged ({type(error).__name__}: {said})."
         ) from error
+    if (found := facts.pop("mode", MODES[0])) != mode:
+        raise ValueError(f"{path} holds decisions for mode {found!r}, not for {mode!r}.")
+    return models, facts

@@ -45,7 +45,14 @@ from av1nb.masks import (
     masks_of_decisions,
     uniform_masks,
 )
-from .costs import DecisionModel, SearchLog, block_moments, log_from_tables, same_labels
+from av1nb.costs import (
+    DecisionModel,
+    SearchLog,
+    block_moments,
+    decisions_name,
+    log_from_tables,
+    same_labels,
+)
 
 # %% ../nbs/29_steering.ipynb #e714c7fa
 HOOK_VERSION = 1  # of the three functions and of the tables, see libaom/av1nb_hook.h
@@ -457,9 +464,11 @@ def label_stability(
     )
 
 # %% ../nbs/29_steering.ipynb #3c370a20
-def shipped_decisions() -> Path:
+def shipped_decisions(
+    mode: str = "allintra",  # of the encodes that masks are for, or "good"
+) -> Path:
     "The models of expected regret and time that come with the package, see `load_decisions`."
-    return Path(str(files("av1nb"))) / "data/encoder/decisions.npz"
+    return Path(str(files("av1nb"))) / "data/encoder" / decisions_name(mode)
 
 
 def shipped_policies() -> Path:
@@ -823,6 +832,7 @@ def encode_predicted(
     predictor: JointPredictor,  # the joint network
     policy: MaskPolicy | PricedMasks,  # thresholds, or decisions for a price
     *,
+    mode: str = "allintra",  # that the policy is for, or "good"
     cq_level: int = 32,  # constant quality level, 0 (best) to 63
     cpu_used: int = 1,  # speed preset that the policy was tuned for
     ahead: bool | None = None,  # predict while encoding; None: where there is a second core
@@ -833,8 +843,9 @@ def encode_predicted(
     encoder: Libaom | None = None,  # library with the hook; None loads it with `load_encoder`
     # with masks; without, or None
 ) -> tuple[MaskedResult, MaskedResult | None]:
-    "All-intra encode that a network steers. Raises as `predict_masks` and `encode_masked` do."
-    settings = dict(cq_level=cq_level, cpu_used=cpu_used, encoder=encoder, colour=colour)
+    "Encode of key frames that a network steers. Raises as `predict_masks` and `encode_masked` do."
+    settings = dict(mode=mode, cq_level=cq_level, cpu_used=cpu_used)
+    settings |= dict(encoder=encoder, colour=colour)
     luma = [picture[0] for picture in planes]
     if ahead is None:
         ahead = len(luma) > 1 and len(os.sched_getaffinity(0)) > 1
@@ -852,6 +863,7 @@ def measure_conditions(
     # None for the stock encoder, or makes (masks, CPU seconds) of (luma planes, qindex, stock)
     plan: Sequence[tuple[Callable | None, int]],
     cq_level: int = 32,  # constant quality level, 0 (best) to 63
+    mode: str = "allintra",  # or "good": key frames of good quality
     # for each encode: bytes, psnr (dB), ssim, seconds (of encoder and prediction together), encoder
     # and prediction (CPU seconds of each), retried
 ) -> list[dict]:
@@ -862,17 +874,17 @@ def measure_conditions(
     torch.set_num_threads(1)
     luma, qindex, found = [picture[0] for picture in planes], qindex_of(cq_level), []
 
+    settings = dict(mode=mode, cq_level=cq_level)
+
     @lru_cache
     def searched(cpu_used):
-        return encode_masked(planes, log=True, cq_level=cq_level, cpu_used=cpu_used)
+        return encode_masked(planes, log=True, cpu_used=cpu_used, **settings)
 
     for condition, cpu_used in plan:
         masks, seconds = None, 0.0
         if condition is not None:
             masks, seconds = condition(luma, qindex, partial(searched, cpu_used))
-        result = encode_masked(
-            planes, masks, cq_level=cq_level, cpu_used=cpu_used, prediction=seconds
-        )
+        result = encode_masked(planes, masks, cpu_used=cpu_used, prediction=seconds, **settings)
         kept = {name: getattr(result, name) for name in ("bytes", "psnr", "ssim", "prediction")}
         times = dict(seconds=result.total, encoder=result.user)
         found.append(kept | times | dict(retried=result.counts["retried"]))
