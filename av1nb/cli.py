@@ -704,20 +704,22 @@ def _network_of(policy):
     return steering.shipped_weights() if priced else steering.wide_weights()
 
 # %% ../nbs/34_cli.ipynb #8b1f6e21
-def _within_budget(budget, weights, policies, cpu_used, library):
+def _within_budget(budget, weights, policies, cpu_used, library, mode):
     """Decisions or thresholds that keep a budget, None for a preset without, and what is to be said
     of them.
     """
     from av1nb import costs, steering, tradeoff
 
     if weights is None and policies is None:
-        models, facts = costs.load_decisions(steering.shipped_decisions())
+        models, facts = costs.load_decisions(steering.shipped_decisions(mode), mode)
         promise = tradeoff.read_promises(facts).get(cpu_used)
         if promise is not None:
             easy = tradeoff.easy_below(facts, cpu_used)
             masks = tradeoff.promised_masks(models[cpu_used], promise, budget, least=easy)
             said = tradeoff.promise_sentence(promise, budget)
             return masks, said + _with_another_libaom(facts["libaom"], library.version)
+    if mode != "allintra":
+        return None, f"no masks at speed {cpu_used} of mode {mode}: there are no models of it"
     if policies is None and cpu_used > _TUNED:
         return None, f"no masks at speed {cpu_used}: it searches too little for them to pay"
     policy, share, loss = steering.policy_for(budget, cpu_used, policies)
@@ -725,14 +727,14 @@ def _within_budget(budget, weights, policies, cpu_used, library):
     return policy, said + _with_another_libaom(steering.tuned_with(policies), library.version)
 
 
-def _within_time(wanted, look=None):
+def _within_time(wanted, mode, look=None):
     """Preset and decisions for a share of the time of speed 1, and what is to be said of them; None
     for no masks. `look` gives the curve of a frame by the rule, None where it stands aside; without
     it pictures are as the calibration had them.
     """
     from av1nb import costs, steering, tradeoff
 
-    models, facts = costs.load_decisions(steering.shipped_decisions())
+    models, facts = costs.load_decisions(steering.shipped_decisions(mode), mode)
     promises = tradeoff.read_promises(facts)
     presets = {int(preset): own for preset, own in facts["presets"].items()}
     curves = {preset: tradeoff.usual_curve(promise) for preset, promise in promises.items()}
@@ -752,17 +754,21 @@ def _within_time(wanted, look=None):
     return point.cpu_used, masks, f"for {wanted:g} of the time of speed 1: {point}"
 
 
-def _chosen(steer, cpu_used, library, look=None):
+def _chosen(steer, cpu_used, library, look=None, mode="allintra"):
     "Preset, masks, and what is to be said: for a time where one is asked for, else for a budget."
     budget, weights, policies, wanted = steer
+    if mode != "allintra" and (weights is not None or policies is not None):
+        raise ValueError(
+            f"thresholds are tuned all intra: leave out --weights and --policies, or --mode {mode}"
+        )
     if wanted is None:
-        return cpu_used, *_within_budget(budget, weights, policies, cpu_used, library)
+        return cpu_used, *_within_budget(budget, weights, policies, cpu_used, library, mode)
     if weights is not None or policies is not None or cpu_used != 1:
         raise ValueError(
             "--time chooses the preset and the masks by what was calibrated with the shipped"
             " network: leave out --speed, --weights and --policies"
         )
-    return _within_time(wanted, look)
+    return _within_time(wanted, mode, look)
 
 # %% ../nbs/34_cli.ipynb #a81c0003
 def _steering(steer, cpu_used):
@@ -824,11 +830,14 @@ def _without_masks(film, out, settings):
     )
 
 # %% ../nbs/34_cli.ipynb #a81c0007
-def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
-    "A film as IVF or in a container; `read` is what `read_pictures` takes."
+def _encode_film(read, out, steer, coded, compare, all_quantisers):
+    """A film as IVF or in a container; `read` is what `read_pictures` takes, `coded` are mode,
+    preset and quality level.
+    """
     from av1nb import encoding, joint, pictures, steering, stills
 
     stills.require_film_name(out)
+    mode, cpu_used, cq_level = coded
     library, qindex = steering.load_encoder(), encoding.qindex_of(cq_level)
     loading = time.process_time()  # since the process began, so with PyTorch's import
     film = pictures.read_pictures(*read)
@@ -845,9 +854,9 @@ def _encode_film(read, out, steer, cq_level, cpu_used, compare, all_quantisers):
             return None
         return rule.curve(first_maps(), luma[0], qindex, easy=False)
 
-    cpu_used, policy, said = _chosen(steer, cpu_used, library, look)
+    cpu_used, policy, said = _chosen(steer, cpu_used, library, look, mode)
     tags = None if film.cicp == (2, 2, 2) else encoding.ColourTags(*film.cicp)
-    settings = dict(cpu_used=cpu_used, colour={"tags": tags}, encoder=library)
+    settings = dict(mode=mode, cpu_used=cpu_used, colour={"tags": tags}, encoder=library)
     if policy is None:
         if all_quantisers:
             raise ValueError(f"--all-quantisers compares masks with none, and there are {said}")
@@ -950,6 +959,7 @@ _Chroma = Annotated[
 def encode(
     video: Video,
     out: _Out,
+    mode: Mode = "allintra",
     cpu_used: _Speed = 1,
     budget: _Budget = 2.0,
     wanted: _Time = None,
@@ -980,12 +990,14 @@ def encode(
     depth: _Depth = None,
     chroma: _Chroma = None,
 ):
-    """Encode a video all intra with predicted partitions, faster, within a BD-rate budget; or
-    pictures as AVIF.
+    """Encode the frames of a video as key frames with predicted partitions, faster, within a
+    BD-rate budget; or pictures as AVIF.
     """
     if video.is_dir() or out.suffix.lower() == ".avif":
         if all_quantisers:
             raise ValueError("--all-quantisers is for films, not for AVIF")
+        if mode != "allintra":
+            raise ValueError("--mode is for films; AVIF is coded all intra")
         steer = None if stock else (budget, weights, policies, wanted)
         read = dict(bits=depth, subsampling=chroma, width=width, height=height, depth=bits)
         _encode_stills(video, out, steer, dict(cq_level=cq_level, cpu_used=cpu_used), read)
@@ -996,8 +1008,7 @@ def encode(
         (video, frames or None, width, height, bits),
         out,
         (budget, weights, policies, wanted),
-        cq_level,
-        cpu_used,
+        (mode, cpu_used, cq_level),
         compare,
         all_quantisers,
     )

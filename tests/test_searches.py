@@ -54,6 +54,27 @@ def test_searches_teach_the_network_that_steers(encoder, drawings, tmp_path):
     assert content["provenance"]["held_out"] == [held_out]
 
 
+def test_searches_of_one_mode_are_none_of_another(encoder, drawings, tmp_path):
+    folder, groups = drawings
+    run, places, searches = tmp_path / "run", dict(folder=str(folder), seed=1), tmp_path / "good"
+    held_out = groups["train"][0]
+    told = dict(out=str(searches), thrice=[held_out], only_thrice=True, mode="good", cpu_used=5)
+    told["per_material"] = {"train": 2}
+    runs.run_notebooks(["build_searches"], run, places, {"build_searches": told}, quiet=True)
+    [frame] = [one for one in material.load_material(folder) if one.name == held_out]
+    [found] = read_searched(searches, frame.frame_name).values()
+    assert (found.mode, found.cpu_used) == ("good", 5)
+
+    told = dict(told, mode="allintra")
+    with pytest.raises(runs.RunError, match="was recorded with mode good, not mode allintra"):
+        runs.run_notebooks(["build_searches"], run, places, {"build_searches": told}, quiet=True)
+    told = dict(searches=str(searches), calibrated=[held_out], tested=groups["test"])
+    told |= dict(work=str(tmp_path / "work"), out=str(tmp_path / "out"), folder=str(folder))
+    with pytest.raises(runs.RunError, match="holds searches of speed 5 of mode good, not of"):
+        runs.run_notebooks(["014_promises"], run, {}, {"014_promises": told}, quiet=True)
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_an_arm_is_compared_with_all(encoder, drawings, tmp_path):
     folder, _ = drawings
     run = tmp_path / "run"
