@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import av1nb
 
-from av1nb import costs, joint, steering, tradeoff
+from av1nb import costs, encoding, joint, steering, tradeoff
 from av1nb.files import sha256
 from av1nb.partitions import LEVELS
+from av1nb.pictures import read_pictures
 from av1nb.sample import load_sample
 from av1nb.streams import read_trees
 
@@ -80,8 +81,9 @@ def test_a_fast_preset_encodes_without_masks_and_says_so(encoder, video, tmp_pat
     assert len(trees) == 2 and (trees[0].width, trees[0].height) == (192, 128)
 
 
-def test_the_promise_is_that_of_the_network_and_the_library_that_ship():
-    models, facts = costs.load_decisions(steering.shipped_decisions())
+@pytest.mark.parametrize("mode", encoding.MODES)
+def test_the_promise_is_that_of_the_network_and_the_library_that_ship(mode):
+    models, facts = costs.load_decisions(steering.shipped_decisions(mode), mode)
     assert facts["network"] == sha256(steering.shipped_weights().read_bytes())[:16]
     assert facts["libaom"] == steering.RELEASE
     promises = tradeoff.read_promises(facts)
@@ -89,6 +91,23 @@ def test_the_promise_is_that_of_the_network_and_the_library_that_ship():
     for promise in promises.values():
         assert len(set(promise.groups)) >= tradeoff.groups_needed(0.1)
         assert "at most 2 % on 90% of frames" in tradeoff.promise_sentence(promise, 2.0)
+
+
+def test_good_quality_has_models_of_its_own(encoder, video, tmp_path):
+    own, _ = costs.load_decisions(steering.shipped_decisions("good"), "good")
+    asked = ("encode", video[0], "--mode", "good", "--frames", 1, "--no-compare", "--out")
+    for time in (0.5, 0.2):
+        said = av1nb(*asked, tmp_path / "good.ivf", "--time", time).stdout
+        assert re.search(rf"for {time} of the time of speed 1: speed \d", said)
+    assert 2 not in own
+    said = av1nb(*asked, tmp_path / "two.ivf", "--speed", 2).stdout
+    assert "no masks at speed 2 of mode good: there are no models of it" in said
+    planes = read_pictures(video[0], 1).planes
+    sizes = [
+        len(steering.encode_masked(planes, mode=mode, cpu_used=2, cq_level=32).ivf)
+        for mode in encoding.MODES
+    ]
+    assert (tmp_path / "two.ivf").stat().st_size == sizes[1] != sizes[0]
 
 
 def test_loading_is_told_apart_from_prediction(encoder, video, tmp_path):
@@ -116,6 +135,8 @@ def test_a_second_encode_of_the_size_waits_for_nothing(video):
         (("--budget", "-50"), "keeps a BD-rate of -50 %"),
         (("--time", "0.0001"), "No preset takes 0.0001 of the time"),
         (("--time", "0.5", "--speed", "4"), "leave out --speed"),
+        (("--mode", "good", "--weights", "x.pt"), "leave out --weights and --policies"),
+        (("--mode", "lossless"), "mode is 'lossless'"),
         (("--policies", "setup.py"), "setup.py is damaged or no JSON"),
         (("--weights", "nothing.pt"), "nothing.pt"),
         (("--speed", "7"), "cpu_used is 7; it must be a whole number from 0 to 6"),
