@@ -96,9 +96,8 @@ def test_the_promise_is_that_of_the_network_and_the_library_that_ship(mode):
 def test_good_quality_has_models_of_its_own(encoder, video, tmp_path):
     own, _ = costs.load_decisions(steering.shipped_decisions("good"), "good")
     asked = ("encode", video[0], "--mode", "good", "--frames", 1, "--no-compare", "--out")
-    for time in (0.5, 0.2):
-        said = av1nb(*asked, tmp_path / "good.ivf", "--time", time).stdout
-        assert re.search(rf"for {time} of the time of speed 1: speed \d", said)
+    said = av1nb(*asked, tmp_path / "good.ivf", "--time", 0.6).stdout
+    assert re.search(r"for 0\.6 of the time of speed 1: speed \d with", said)
     assert 2 not in own
     said = av1nb(*asked, tmp_path / "two.ivf", "--speed", 2).stdout
     assert "no masks at speed 2 of mode good: there are no models of it" in said
