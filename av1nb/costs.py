@@ -440,7 +440,7 @@ def searched_frame(
         *searched_as,
     )
 
-
+# %% ../nbs/28_costs.ipynb #d0c20105
 def read_searched(
     folder: str | os.PathLike,  # of the searches, one folder a frame
     name: str,  # of the frame: `NAME/stock_qNNN.npz`, `open_qNNN.npz` and `qNNN.npz`
