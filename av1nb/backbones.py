@@ -7,8 +7,8 @@ __all__ = ['IMAGENET_WEIGHTS', 'ADAPTERS', 'SqueezeExcitation', 'SpatialAttentio
            'ConditionLayers', 'BackboneParts', 'Backbone', 'ResidualBlock', 'ResNet18', 'one_channel',
            'pretrained_state', 'OnePlaceConv', 'one_place', 'ResidualAdapter', 'ConvolutionalAdapter', 'adapters',
            'adapter_of', 'ResNet18Blocks', 'layer_shapes', 'SeparableBlock', 'ConvStem', 'LightBackbone',
-           'layer_groups', 'ModulatedConv', 'FoldedConv', 'ModulatedResidual', 'soft_log', 'JointLayers', 'JointInputs',
-           'JointBackbone']
+           'layer_groups', 'ModulatedConv', 'FoldedConv', 'ModulatedResidual', 'soft_log', 'drop_rates', 'JointLayers',
+           'JointInputs', 'JointBackbone']
 
 # %% ../nbs/12_backbones.ipynb #84dda804
 import copy
@@ -911,6 +911,19 @@ def _look_inside(conv):
     nn.init.zeros_(conv.weight[:, :, 0])
     nn.init.zeros_(conv.weight[:, :, :, 0])
 
+# %% ../nbs/12_backbones.ipynb #7d1e5b02
+def drop_rates(
+    dropout: float | Sequence[float],  # one share of channels, 0 to below 1, or two
+) -> tuple[float, float]:  # at the nodes of 16×16 and 8×8, and at larger ones
+    "Which share of channels is dropped where. Raises ValueError for anything else."
+    rates = tuple(dropout) if isinstance(dropout, Sequence) else (dropout, dropout)
+    if len(rates) != 2 or not all(0 <= rate < 1 for rate in rates):
+        raise ValueError(
+            f"dropout is {dropout!r}; it must be a share from 0 to below 1, or two of them: of fine"
+            " levels (16×16 and 8×8) and of coarse ones."
+        )
+    return rates
+
 # %% ../nbs/12_backbones.ipynb #a81c0004
 class JointLayers(nn.Module):
     "Layers of the joint network and what they were built with; `JointBackbone` uses them."
@@ -924,7 +937,8 @@ class JointLayers(nn.Module):
         widths: Sequence[int] = (24, 64, 112, 128),
         depths: Sequence[int] = (0, 2, 1, 2),  # residual blocks there
         condition: int = 32,  # length of the condition made of the qindex
-        dropout: float = 0.1,  # of the channels of each residual branch
+        # of the channels of each residual branch; two numbers: down to 1/16, and from 1/32 on
+        dropout: float | Sequence[float] = 0.1,
         qindex: bool = True,  # False: the qindex is taken but ignored, for comparison
         context: bool = True,  # False: each superblock is looked at by itself, for comparison
         # True: mode, preset, superblock and class of size are told, too; False: taken but ignored
@@ -936,7 +950,9 @@ class JointLayers(nn.Module):
         if superblock not in (64, 128):
             raise ValueError(f"superblock is {superblock}; it must be 64 or 128.")
         w4, w8, w16, w32 = widths
-        self.widths, self.depths, self.dropout = tuple(widths), tuple(depths), dropout
+        self.widths, self.depths = tuple(widths), tuple(depths)
+        self.dropout = tuple(dropout) if isinstance(dropout, Sequence) else dropout
+        fine_drop, coarse_drop = drop_rates(dropout)
         self.qindex, self.context = qindex, context
         self.conditions, self.superblock, self.chroma = conditions, superblock, chroma
         # log gain at qindex 0, and its change up to 255
@@ -944,8 +960,9 @@ class JointLayers(nn.Module):
         self.condition = ConditionLayers(condition, conditions, qindex)
 
         def blocks(width, depth, separable=False):
+            drop = coarse_drop if separable else fine_drop
             return nn.ModuleList(
-                ModulatedResidual(width, condition, dropout, separable) for _ in range(depth)
+                ModulatedResidual(width, condition, drop, separable) for _ in range(depth)
             )
 
         self.stem = ModulatedConv(54 if chroma else 34, w4, condition=condition)
@@ -964,11 +981,12 @@ class JointLayers(nn.Module):
             _look_inside(self.to128.conv)
             self.at128 = blocks(w32, depths[3], True)
             self.up64 = nn.Conv2d(w32, w32, 1)
-            self.merge64 = ModulatedResidual(w32, condition, dropout, True)
+            self.merge64 = ModulatedResidual(w32, condition, coarse_drop, True)
         self.up32, self.up16 = nn.Conv2d(w32, w32, 1), nn.Conv2d(w32, w16, 1)
         self.up8 = nn.Conv2d(w16, w8, 1)
         self.merge32, self.merge16, self.merge8 = (
-            ModulatedResidual(w, condition, dropout, True) for w in (w32, w16, w8)
+            ModulatedResidual(w, condition, drop, True)
+            for w, drop in ((w32, coarse_drop), (w16, fine_drop), (w8, fine_drop))
         )
 
     @property

@@ -29,6 +29,7 @@ from av1nb.backbones import (
     LightBackbone,
     ResNet18Blocks,
     adapter_of,
+    drop_rates,
 )
 from .partitions import HIERARCHIES, Hierarchy, PartitionType
 
@@ -1042,12 +1043,17 @@ class JointHead(nn.Module):
         self,
         channels: dict[int, int],  # size → channels of its features, as `JointBackbone.channels`
         flat: bool = False,  # ten logits instead of thirteen
-        dropout: float = 0.1,  # of channels, before the classifier
+        # of channels, before the classifier: one share or two, see `drop_rates`
+        dropout: float | Sequence[float] = 0.1,
     ):
         super().__init__()
         self.flat = flat
+        fine, coarse = drop_rates(dropout)
         self.levels = nn.ModuleDict({
-            str(size): nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(n, 10 if flat else 13, 1))
+            str(size): nn.Sequential(
+                nn.Dropout2d(coarse if size > 16 else fine),
+                nn.Conv2d(n, 10 if flat else 13, 1),
+            )
             for size, n in channels.items()
         })
         self.sizes = tuple(channels)

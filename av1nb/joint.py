@@ -223,7 +223,8 @@ class JointRecipe:
     side: int = 128  # side of the crops in pixels, a multiple of 64
     lr: float = 2e-3  # peak learning rate
     weight_decay: float = 0.02  # AdamW's weight decay
-    dropout: float = 0.1  # of channels, in every residual branch
+    # of channels, in every residual branch; two: at nodes up to 16×16, and at larger ones
+    dropout: float | tuple[float, float] = 0.1
     # of the levels 64, 32, 16 and 8 in the loss, or of 128 and these
     level_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     symmetries: bool = True  # the eight symmetries of the square; False: frames as they are
@@ -248,6 +249,8 @@ class JointRecipe:
     def __post_init__(self):
         for key in ("level_weights", "widths", "depths"):
             object.__setattr__(self, key, tuple(getattr(self, key)))
+        if isinstance(self.dropout, list):
+            object.__setattr__(self, "dropout", tuple(self.dropout))
 
 
 def _config_of(recipe):
