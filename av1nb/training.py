@@ -1508,6 +1508,8 @@ def _take_up(trainer, state, generators):
     "Continue from a saved state; of one that is finished only the weights count."
     if state["finished"]:
         trainer.model.load_state_dict(state["trainer"]["model"])
+        if trainer.averaged is not None:  # what the final weights are
+            trainer.averaged.load_state_dict(state["trainer"]["averaged"])
     else:
         trainer.load_state_dict(state["trainer"])
         set_rng_state(state["random"], generators)
