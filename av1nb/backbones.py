@@ -950,8 +950,7 @@ class JointLayers(nn.Module):
         if superblock not in (64, 128):
             raise ValueError(f"superblock is {superblock}; it must be 64 or 128.")
         w4, w8, w16, w32 = widths
-        self.widths, self.depths = tuple(widths), tuple(depths)
-        self.dropout = tuple(dropout) if isinstance(dropout, Sequence) else dropout
+        self.widths, self.depths, self.dropout = tuple(widths), tuple(depths), dropout
         fine_drop, coarse_drop = drop_rates(dropout)
         self.qindex, self.context = qindex, context
         self.conditions, self.superblock, self.chroma = conditions, superblock, chroma

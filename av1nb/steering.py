@@ -873,7 +873,6 @@ def measure_conditions(
     """
     torch.set_num_threads(1)
     luma, qindex, found = [picture[0] for picture in planes], qindex_of(cq_level), []
-
     settings = dict(mode=mode, cq_level=cq_level)
 
     @lru_cache
