@@ -7,8 +7,8 @@ __all__ = ['MATERIALS', 'FRAME_SIZES', 'PRESETS', 'LEVELS_OF_QUALITY', 'photon_n
            'screen', 'title', 'between_bars', 'faded', 'PictureSource', 'FramePlan', 'split_of', 'draw_encodes',
            'further_encodes', 'plan_frames', 'MaterialError', 'free_sources', 'fetch_source', 'picture_sources',
            'folder_sources', 'make_frame', 'frame_tree', 'repeats_of', 'build_material', 'MaterialFrame',
-           'load_material', 'split_hash_of', 'material_table', 'material_counts', 'type_shares', 'agreement',
-           'material_card', 'recording_of', 'frame_blocks', 'material_blocks', 'materials_of']
+           'load_material', 'split_hash_of', 'material_table', 'material_counts', 'type_shares', 'same_types',
+           'agreement', 'material_card', 'recording_of', 'frame_blocks', 'material_blocks', 'materials_of']
 
 # %% ../nbs/22_material.ipynb #0e0acada
 import io
@@ -1047,6 +1047,18 @@ def type_shares(
     return table.sort_index(ascending=[True, False])
 
 
+def same_types(
+    one: pd.DataFrame,  # nodes: size, row, col, type, and the columns of `by`
+    other: pd.DataFrame,  # of the same pixels, coded otherwise
+    by: Sequence[str] = (),  # columns that tell apart whose nodes they are
+) -> pd.DataFrame:  # the columns of `by`, size, same, nodes
+    "How many nodes both trees have, size by size, and at how many of them the type is the same."
+    keys = [*by, "size"]
+    both = one.merge(other, on=[*keys, "row", "col"])
+    both["same"] = both["type_x"] == both["type_y"]
+    return both.groupby(keys)["same"].agg(same="sum", nodes="size").reset_index()
+
+
 def agreement(
     folder: str | os.PathLike,  # of a set
 ) -> pd.DataFrame:  # mode, cpu_used, size → share of equal types and common nodes, of each repeat
@@ -1061,9 +1073,7 @@ def agreement(
             first = pd.DataFrame(trees.pop("nodes"), columns=_COLUMNS)
             for what, other in trees.items():
                 other = pd.DataFrame(other, columns=_COLUMNS)
-                both = first.merge(other, on=["size", "row", "col"])
-                both["same"] = both["type_x"] == both["type_y"]
-                found = both.groupby("size")["same"].agg(same="sum", nodes="size").reset_index()
+                found = same_types(first, other)
                 own = {key: told[key] for key in ("mode", "cpu_used")}
                 rows.append(found.assign(what=what, **own))
     if not rows:
