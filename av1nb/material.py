@@ -7,7 +7,7 @@ __all__ = ['MATERIALS', 'FRAME_SIZES', 'PRESETS', 'LEVELS_OF_QUALITY', 'photon_n
            'screen', 'title', 'between_bars', 'faded', 'PictureSource', 'FramePlan', 'split_of', 'draw_encodes',
            'further_encodes', 'plan_frames', 'MaterialError', 'free_sources', 'fetch_source', 'picture_sources',
            'folder_sources', 'make_frame', 'frame_tree', 'repeats_of', 'build_material', 'MaterialFrame',
-           'load_material', 'split_hash_of', 'material_table', 'material_counts', 'type_shares', 'same_types',
+           'load_material', 'split_hash_of', 'material_table', 'same_types', 'material_counts', 'type_shares',
            'agreement', 'material_card', 'recording_of', 'frame_blocks', 'material_blocks', 'materials_of']
 
 # %% ../nbs/22_material.ipynb #0e0acada
@@ -1002,6 +1002,18 @@ def material_table(
             rows.append(own | told | counts)
     return pd.DataFrame(rows)
 
+# %% ../nbs/22_material.ipynb #5a3e7002
+def same_types(
+    one: pd.DataFrame,  # nodes: size, row, col, type, and the columns of `by`
+    other: pd.DataFrame,  # of the same pixels, coded otherwise
+    by: Sequence[str] = (),  # columns that tell apart whose nodes they are
+) -> pd.DataFrame:  # the columns of `by`, size, same, nodes
+    "How many nodes both trees have, size by size, and at how many of them the type is the same."
+    keys = [*by, "size"]
+    both = one.merge(other, on=[*keys, "row", "col"])
+    both["same"] = both["type_x"] == both["type_y"]
+    return both.groupby(keys)["same"].agg(same="sum", nodes="size").reset_index()
+
 # %% ../nbs/22_material.ipynb #0a1cb8eb
 def material_counts(
     folder: str | os.PathLike,  # of a set
@@ -1045,18 +1057,6 @@ def type_shares(
     table = table.div(nodes.clip(lower=1), axis=0)
     table.insert(0, "nodes", nodes)
     return table.sort_index(ascending=[True, False])
-
-
-def same_types(
-    one: pd.DataFrame,  # nodes: size, row, col, type, and the columns of `by`
-    other: pd.DataFrame,  # of the same pixels, coded otherwise
-    by: Sequence[str] = (),  # columns that tell apart whose nodes they are
-) -> pd.DataFrame:  # the columns of `by`, size, same, nodes
-    "How many nodes both trees have, size by size, and at how many of them the type is the same."
-    keys = [*by, "size"]
-    both = one.merge(other, on=[*keys, "row", "col"])
-    both["same"] = both["type_x"] == both["type_y"]
-    return both.groupby(keys)["same"].agg(same="sum", nodes="size").reset_index()
 
 
 def agreement(
