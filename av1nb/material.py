@@ -338,7 +338,8 @@ class FramePlan:
     material: str  # one of `MATERIALS`
     size: tuple[int, int]  # width and height in pixels
     steps: tuple  # (name of the step, its arguments), in order
-    # of each encode: mode, cpu_used, qindex, superblock (64, or 0 for libaom's own choice)
+    # of each encode: mode, cpu_used, qindex, superblock (64, or 0 for libaom's own choice), and
+    # bit_depth, where it is not 10: samples are then cut to 8 bits
     encodes: tuple
     seed: int  # of places and noise
     file: str = ""  # of its source; empty where it is drawn
@@ -364,6 +365,8 @@ _FURTHER = dict(camera=4, rendered=2, dark=2, empty=2)  # how many of them; othe
 _ODD = "allintra", 4
 # most pixels of test frames that are tested under two, and under one, further conditions
 _QUICK = 500_000, 1_000_000
+# share of larger test frames that are tested with samples of 8 bits; of smaller ones all are
+_LARGE_IN_8_BITS = 0.5
 
 
 def _encodes_of(presets, levels, rng):
@@ -511,6 +514,27 @@ def _with_further(plan, seed, edition):
     return replace(plan, encodes=encodes)
 
 
+def _has_8_bits(plan):
+    "Whether the samples of a frame have only 8 bits, because a codec of 8 bits went before."
+    return any(step == "recode" and own[0] != "av1" for step, own in plan.steps)
+
+
+def _with_8_bits(plan, seed):
+    "The plan of a frame, with encodes in 8 bits, where its samples are finer."
+    rng, small = _generator(seed, f"{plan.name} 8 bits"), math.prod(plan.size) <= _QUICK[1]
+    if _has_8_bits(plan):
+        return plan
+    if plan.split == "test":
+        first = plan.encodes[:1] if small or rng.random() < _LARGE_IN_8_BITS else ()
+        return replace(plan, encodes=plan.encodes + tuple(own | dict(bit_depth=8) for own in first))
+    chosen = rng.choice(len(PRESETS), 1 + small, replace=False)
+    more = ()
+    for number in chosen:
+        levels = _FINE if rng.random() < 0.5 else LEVELS_OF_QUALITY
+        more += _encodes_of([PRESETS[number]], levels, rng)
+    return replace(plan, encodes=plan.encodes + tuple(own | dict(bit_depth=8) for own in more))
+
+
 def plan_frames(
     sources: Iterable[PictureSource],  # photographs and frames of films
     drawings: int = 40,  # screens, and as many titles
@@ -519,8 +543,9 @@ def plan_frames(
     amount: float = 1.0,  # frames of each source, as a factor on what is usual
     seed: int = 42,  # of all that is drawn
     # edition of `further_encodes`; 0: none, 1: where a frame teaches or chooses an epoch, 2: also
-    # in the test, and with preset 4 at a fine level for half of the training frames
-    further: int = 2,
+    # in the test, and with preset 4 at a fine level for half of the training frames, 3: with
+    # samples of 8 bits, too
+    further: int = 3,
 ) -> list[FramePlan]:  # in an order in which any beginning holds some of everything
     """Plans of all frames. What one source becomes does not depend on the others.
 
@@ -539,6 +564,8 @@ def plan_frames(
             plans.append(_drawing(number, material, step, encodes, seed))
     if further:
         plans = [_with_further(plan, seed, further) for plan in plans]
+    if further > 2:
+        plans = [_with_8_bits(plan, seed) for plan in plans]
     return sorted(plans, key=lambda plan: sha256(plan.name.encode()))
 
 # %% ../nbs/22_material.ipynb #f301252f
@@ -750,7 +777,7 @@ def frame_tree(
     cpu_used: int,  # speed preset
     qindex: int,  # 0–255, of a constant quality level
     superblock: int = 0,  # 64 or 128; 0: libaom's choice
-    bit_depth: int = 10,  # of the stream; 8: samples are divided by four
+    bit_depth: int = 10,  # of samples and stream; 8: samples are divided by four
 ) -> tuple[np.ndarray, int, float]:  # int16 [nodes, 4], see `COLUMNS`; superblock; user seconds
     """The tree that libaom gives a frame, nodes of 128 to 8 pixels.
 
@@ -832,10 +859,9 @@ def _build_frame(plan, folder, out):
         if plan.split != "test":
             continue
         own = {key: asked[key] for key in ("mode", "cpu_used", "qindex")}
+        same = {key: value for key, value in asked.items() if key not in own}
         for what, other in repeats_of(**own).items():
-            arrays[f"{what}{number}"] = frame_tree(planes, **other, superblock=asked["superblock"])[
-                0
-            ]
+            arrays[f"{what}{number}"], *_ = frame_tree(planes, **other, **same)
     with atomic_file(out / f"{plan.name}.npz") as temporary:
         with open(temporary, "wb") as file:
             np.savez_compressed(file, **arrays)
@@ -890,6 +916,7 @@ class MaterialFrame:
     # qindex → (node table, RD costs [nodes, 10]) of a search, see `costs.searched_frames`
     costs: dict = field(repr=False, default_factory=dict)
     frames: tuple = (0,)  # numbers of the frames in `luma`
+    bit_depth: int = 10  # of the stream; 8: luma and chroma are multiples of four
 
 
 def _trees(stored, number):
@@ -898,9 +925,15 @@ def _trees(stored, number):
     return {what: stored[name] for what, name in names.items() if name in stored}
 
 
-def _recording_name(material, frame, mode, cpu_used, qindex, **_):
+def _recording_name(material, frame, mode, cpu_used, qindex, bit_depth=10, **_):
     "Name of an encode among the recordings of a block set."
-    return f"{material}-{frame}_{mode}{cpu_used}_q{qindex}"
+    samples = "" if bit_depth == 10 else f"_{bit_depth}bit"
+    return f"{material}-{frame}_{mode}{cpu_used}_q{qindex}{samples}"
+
+
+def _coarser(plane, bit_depth):
+    "Samples of 10 bits as a stream of fewer holds them, at their places among 10 bits."
+    return plane >> 10 - bit_depth << 10 - bit_depth
 
 
 def _node_table(nodes, qindex):
@@ -953,9 +986,16 @@ def load_material(
             raise MaterialError(f"{path} is missing or damaged; delete it and build again.")
         with np.load(path) as stored:
             arrays = dict(stored)
-        luma, chroma = arrays["y"][None], np.stack([arrays["u"], arrays["v"]])
+        fine = arrays["y"][None], np.stack([arrays["u"], arrays["v"]])
+        # encodes of the same samples share them
+        pixels = {
+            bits: tuple(_coarser(plane, bits) if bits < 10 else plane for plane in fine)
+            for bits in {told.get("bit_depth", 10) for _, told in wanted}
+        }
         for number, told in wanted:
             own = {key: told[key] for key in ("qindex", "mode", "cpu_used", "superblock")}
+            bit_depth = told.get("bit_depth", 10)
+            luma, chroma = pixels[bit_depth]
             conditions = Conditions(**own, lines=min(luma.shape[1:]))
             trees = {
                 what: _node_table(nodes, told["qindex"])
@@ -972,6 +1012,7 @@ def load_material(
                     conditions,
                     {told["qindex"]: trees.pop("nodes")},
                     trees,
+                    bit_depth=bit_depth,
                 )
             )
     return found
@@ -999,7 +1040,7 @@ def material_table(
         for told, trees in _trees_of(entry, folder):
             sizes = trees["nodes"][:, 0]
             counts = {f"nodes_{size}": int((sizes == size).sum()) for size in LARGE_LEVELS}
-            rows.append(own | told | counts)
+            rows.append(own | dict(bit_depth=10) | told | counts)
     return pd.DataFrame(rows)
 
 # %% ../nbs/22_material.ipynb #5a3e7002
@@ -1094,6 +1135,8 @@ def material_card(
     bands = pd.cut(table["qindex"], (0, 60, 100, 140, 180, 220, 255))
     quantisers = table.groupby(bands, observed=True)["nodes_16"].sum().reset_index()
     quantisers["qindex"] = quantisers["qindex"].astype(str)
+    samples = table.groupby(["bit_depth", "split"])["nodes_16"].agg(["size", "sum"]).reset_index()
+    samples.columns = ["bits of the stream", "split", "encodes", "coded nodes of 16×16"]
     sides = table.groupby(["superblock", "height"])["name"].size().rename("encodes").reset_index()
     kinds = "\n".join(f"- **{name}**: {what}" for name, what in MATERIALS.items())
     return (
@@ -1111,6 +1154,8 @@ def material_card(
             markdown_table(presets),
             "## By qindex",
             markdown_table(quantisers),
+            "## By bits of the samples",
+            markdown_table(samples),
             "## By superblock and height",
             markdown_table(sides),
             "## Sources",
@@ -1160,7 +1205,7 @@ def recording_of(
 ) -> str:  # begins with its material
     "Name of an encode among the recordings of a block set."
     told = frame.conditions
-    own = told.mode, told.cpu_used, told.qindex
+    own = told.mode, told.cpu_used, told.qindex, frame.bit_depth
     return _recording_name(frame.material, frame.frame_name, *own)
 
 
