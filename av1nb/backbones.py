@@ -133,18 +133,19 @@ class ConditionLayers(nn.Sequential):
         outputs: int = 32,  # length D of the condition
         conditions: bool = True,  # False: of the qindex alone
         qindex: bool = True,  # False: the qindex is taken but ignored
+        samples: bool = False,  # True: of the bits of the samples, too
     ):
         super().__init__(
-            nn.Linear(2 + _TOLD * conditions, outputs),
+            nn.Linear(2 + _TOLD * conditions + samples, outputs),
             nn.SiLU(),
             nn.Linear(outputs, outputs),
             nn.SiLU(),
         )
-        self.conditions, self.qindex = conditions, qindex
+        self.conditions, self.qindex, self.samples = conditions, qindex, samples
 
     def scaled(
         self,
-        # [B] qindex, 0–255, or [B,5] `numbers` of `encoding.Conditions`
+        # [B] qindex, 0–255, or [B,5] or [B,6], see `forward`
         told: torch.Tensor,
     ) -> torch.Tensor:
         "The qindex in [0,1], float [B]; a constant where it is ignored."
@@ -154,7 +155,8 @@ class ConditionLayers(nn.Sequential):
 
     def forward(
         self,
-        # [B] qindex, 0–255, the rest is then `encoding.DEFAULT_CONDITIONS`; or [B,5]
+        # [B] qindex, 0–255, the rest is then `encoding.DEFAULT_CONDITIONS`; or [B,5] `numbers` of
+        # `encoding.Conditions`, and [B,6] with 1 for samples of 8 bits, 0 for finer ones
         told: torch.Tensor,
     ) -> torch.Tensor:  # float [B,D]
         scaled = self.scaled(told)
@@ -163,7 +165,7 @@ class ConditionLayers(nn.Sequential):
             if told.ndim == 1:
                 rest = torch.tensor(DEFAULT_CONDITIONS, device=told.device)
                 told = torch.cat([told.long()[:, None], rest.expand(len(told), -1)], 1)
-            qindex, preset, mode, large, size_class = told.long().unbind(1)
+            qindex, preset, mode, large, size_class = told[:, :5].long().unbind(1)
             one_hot = nn.functional.one_hot
             qindex = qindex if self.qindex else torch.full_like(qindex, 128)
             values += [
@@ -173,6 +175,10 @@ class ConditionLayers(nn.Sequential):
                 large[:, None].to(scaled.dtype),
                 one_hot(size_class, 5).to(scaled.dtype),
             ]
+        if self.samples:
+            known = told.ndim == 2 and told.shape[1] > 5
+            coarse = told[:, 5] if known else torch.zeros_like(scaled)
+            values.append(coarse[:, None].to(scaled.dtype))
         return super().forward(torch.cat(values, 1))
 
 # %% ../nbs/12_backbones.ipynb #92275685
@@ -944,6 +950,7 @@ class JointLayers(nn.Module):
         # True: mode, preset, superblock and class of size are told, too; False: taken but ignored
         conditions: bool = False,
         chroma: bool = False,  # True: chroma is seen, too
+        samples: bool = False,  # True: whether the samples have 8 bits is told, too
         superblock: int = 64,  # 128: features of nodes of 128×128, too
     ):
         super().__init__()
@@ -953,10 +960,11 @@ class JointLayers(nn.Module):
         self.widths, self.depths, self.dropout = tuple(widths), tuple(depths), dropout
         fine_drop, coarse_drop = drop_rates(dropout)
         self.qindex, self.context = qindex, context
-        self.conditions, self.superblock, self.chroma = conditions, superblock, chroma
+        self.conditions, self.samples = conditions, samples
+        self.superblock, self.chroma = superblock, chroma
         # log gain at qindex 0, and its change up to 255
         self.gain = nn.Parameter(torch.tensor([[3.0, -3.0], [3.0, 0.0]]))
-        self.condition = ConditionLayers(condition, conditions, qindex)
+        self.condition = ConditionLayers(condition, conditions, qindex, samples)
 
         def blocks(width, depth, separable=False):
             drop = coarse_drop if separable else fine_drop
@@ -1056,7 +1064,8 @@ class JointInputs(JointLayers):
     def settings(self) -> dict:
         "What this backbone was built with, in plain values."
         names = ("widths", "depths", "dropout", "qindex", "context", "conditions", "superblock")
-        names += ("chroma",) if self.chroma else ()  # checkpoints of before do not know it
+        # checkpoints of before do not know these
+        names += tuple(name for name in ("chroma", "samples") if getattr(self, name))
         values = (getattr(self, name) for name in names)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in zip(names, values)}
 
@@ -1151,7 +1160,7 @@ def _each_superblock(maps, x, told, side):
 # %% ../nbs/12_backbones.ipynb #ff26dd84
 class JointBackbone(JointInputs):
     """Luma of whole frames `[B,1,H,W]` in [0,1], H and W multiples of 64 (or 128), and their qindex
-    `[B]` (0–255), or conditions `[B,5]`, the `numbers` of `encoding.Conditions` → {64, 32, 16, 8:
+    `[B]` (0–255), or conditions `[B,5]` or `[B,6]`, see `ConditionLayers` → {64, 32, 16, 8:
     features `[B,C,H/size,W/size]`}, with `superblock=128` those of 128, too.
 
     Sources: Perez et al. (2018), FiLM; Ronneberger et al. (2015), U-Net; Paul, Norkin and Bovik
@@ -1164,7 +1173,7 @@ class JointBackbone(JointInputs):
         # float [B,1,H,W] in [0,1], H and W multiples of 64; with chroma [B,3,H,W], Cb and Cr
         # doubled to the size of the luma; of a folded copy also int16 as `inputs` takes it
         x: torch.Tensor,
-        qindex: torch.Tensor,  # [B], 0–255, or conditions [B,5]
+        qindex: torch.Tensor,  # [B], 0–255, or conditions [B,5] or [B,6]
     ) -> dict[int, torch.Tensor]:
         _require_frames(x, self.superblock, self.chroma, self.folds and not self.chroma)
         if not self.context:
@@ -1174,7 +1183,7 @@ class JointBackbone(JointInputs):
     def maps(
         self,
         x: torch.Tensor,  # float [B,1,H,W] in [0,1], H and W multiples of 64
-        qindex: torch.Tensor,  # [B], 0–255, or conditions [B,5]
+        qindex: torch.Tensor,  # [B], 0–255, or conditions [B,5] or [B,6]
     ) -> dict[int, torch.Tensor]:
         "`forward` without its checks."
         scaled, condition = self.condition.scaled(qindex), self.condition(qindex)
@@ -1205,7 +1214,7 @@ class JointBackbone(JointInputs):
     @torch.no_grad()
     def folded(
         self,
-        # one quantiser index, 0–255, or five numbers of one set of conditions
+        # one quantiser index, 0–255, or the five or six numbers of one set of conditions
         qindex: int | Sequence[int],
     ) -> "JointBackbone":
         """A copy in evaluation mode that holds for this qindex, or these conditions, alone and has

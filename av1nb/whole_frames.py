@@ -19,7 +19,7 @@ import pandas as pd
 
 from .encoding import Conditions, qindex_of
 from .files import atomic_file, save_json
-from .frames import check_frame
+from .frames import check_frame, has_8_bits
 from .joint import TYPE_NAMES, intra_frames, node_answers
 from .material import frame_tree, repeats_of
 from .metrics import LEAST_PROBABILITY
@@ -56,13 +56,14 @@ def material_frames(
 ) -> Iterator[WholeFrame]:
     "Frames of a set of material, one for each encode."
     for frame in frames:
-        costs = getattr(frame, "costs", None) or {}
+        costs, depth = getattr(frame, "costs", None) or {}, getattr(frame, "bit_depth", 10)
+        bits = "" if depth == 10 else f" {depth} bits"
         for number, luma in zip(frame.frames, frame.luma):
             for qindex, nodes in frame.nodes.items():
                 told = frame.conditions  # a frame may be coded under several
                 yield WholeFrame(
                     frame.name,
-                    f"{frame.frame_name}/{number} {told.mode}{told.cpu_used} q{qindex}",
+                    f"{frame.frame_name}/{number} {told.mode}{told.cpu_used} q{qindex}{bits}",
                     frame.material,
                     frame.conditions,
                     luma,
@@ -88,6 +89,7 @@ def _facts(frame):
         mode=told.mode,
         preset=told.cpu_used,
         qindex=QINDEX_BANDS[told.qindex // 64],
+        samples="8 bits" if has_8_bits(frame.luma) else "finer",
         pictures=frame.pictures,
     ) | {"class": SIZE_NAMES[told.size_class]}
 
@@ -239,7 +241,8 @@ def _answer_sums(frame, nodes, sizes, times, p):
 class Tallies:
     "What frames were counted by, and their sums."
 
-    facts: pd.DataFrame  # a row a frame and level: `GROUPS`, sequence, frame, qindex, size, beyond
+    # a row a frame and level: `GROUPS`, sequence, frame, qindex, samples, size, beyond
+    facts: pd.DataFrame
     counts: np.ndarray  # float64 [networks, rows, sums]
 
 
